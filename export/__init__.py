@@ -1,0 +1,1 @@
+"""`model.pt` to ONNX and TensorRT; every artifact proves itself against torch."""

@@ -1,0 +1,1 @@
+"""Weak labels in (image tags, points, scribbles, masks), `model.pt` out."""

@@ -1,0 +1,1 @@
+"""The data contract, its readers, weak-label simulation, transforms and synthetic scenes."""

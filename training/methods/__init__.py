@@ -1,0 +1,1 @@
+"""How losses combine and when they switch on."""

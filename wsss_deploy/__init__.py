@@ -1,0 +1,1 @@
+"""wsss-deploy: run segmenters that were trained from weak labels."""

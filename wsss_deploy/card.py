@@ -1,0 +1,194 @@
+"""The model card: the one source of truth that training writes and every artifact carries.
+
+Architecture, classes, palette, pre-processing, sizing plan and protocol live here and nowhere else; predict,
+export, parity, demo and serving all read them from the card. The card is plain data (JSON), so that a file can be
+checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from wsss_deploy.errors import ArtifactError
+
+FORMAT_VERSION = 1
+IGNORE_INDEX = 255
+
+Color = tuple[
+    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+]
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Architecture(_Plain):
+    """How to rebuild the network.
+
+    Attributes:
+        encoder: timm model name.
+        decoder: Decoder name, see `wsss_deploy.networks`.
+        decoder_width: Channels inside the decoder.
+        encoder_options: Further keyword arguments of the timm model (for example `img_size`).
+    """
+
+    encoder: str
+    decoder: str = "light"
+    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 128
+    encoder_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Preprocessing(_Plain):
+    """Normalisation inside the graph: (value / 255 - mean) / std per RGB channel; sides padded to `stride`.
+
+    Attributes:
+        mean: Per channel, in units of [0, 1].
+        std: Per channel, in units of [0, 1].
+        stride: The graph pads height and width to a multiple of this many pixels (edge values, right and bottom).
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    stride: Annotated[int, Field(ge=1, le=1024)]
+
+
+class Sizing(_Plain):
+    """How the runtime brings an image to the size at which the network works.
+
+    Attributes:
+        long_side: The longer side is resized to about this many pixels (both sides rounded to the network's
+            stride); None keeps the image's own size.
+        max_long_side: With `long_side` None, a larger image is resized down to this many pixels.
+    """
+
+    long_side: Annotated[int, Field(ge=16, le=16384)] | None = None
+    max_long_side: Annotated[int, Field(ge=16, le=16384)] = 1024
+
+
+class Protocol(_Plain):
+    """How the model was trained and how its figures came about; what a reader needs to trust a number.
+
+    Attributes:
+        supervision: Kinds of labels that were used, for example ["scribbles"].
+        simulated: Whether the weak labels were simulated from masks.
+        method: Name of the training method.
+        data: Name of the data set (never a path).
+        train_images: Number of training images.
+        iterations: Optimiser steps.
+        batch_size: Images a step.
+        size: Training crop, pixels a side.
+        seed: Seed of the run.
+        weights: Where the encoder's weights came from: "timm", "none" or a file name.
+        selection: How the checkpoint was chosen: "best-val-miou" or "last".
+        metrics: Figures by name, for example {"val_miou": 0.81}.
+        notes: Anything else by name.
+    """
+
+    supervision: tuple[str, ...]
+    simulated: bool = False
+    method: str
+    data: str
+    train_images: int
+    iterations: int
+    batch_size: int
+    size: int
+    seed: int
+    weights: str
+    selection: str
+    metrics: dict[str, float] = Field(default_factory=dict)
+    notes: dict[str, str] = Field(default_factory=dict)
+
+
+class ModelCard(_Plain):
+    """Everything about a model but its tensors; see the module's text."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    palette: tuple[Color, ...]
+    architecture: Architecture
+    preprocessing: Preprocessing
+    sizing: Sizing = Sizing()
+    protocol: Protocol | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    digests: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version}, this release reads {FORMAT_VERSION}; "
+                "install the release that wrote the file"
+            )
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"{len(self.palette)} palette colours for {len(self.classes)} classes")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names are not unique")
+        return self
+
+    def to_json(self) -> str:
+        """The card as JSON text."""
+        return self.model_dump_json()
+
+    def to_plain(self) -> dict[str, Any]:
+        """The card as dictionaries, lists, strings and numbers only."""
+        plain: dict[str, Any] = json.loads(self.model_dump_json())
+        return plain
+
+    @classmethod
+    def from_plain(cls, data: object, source: str) -> ModelCard:
+        """Read a card from plain data.
+
+        Args:
+            data: What `to_plain` gave (or JSON text).
+            source: Name of the file it came from, for the error.
+
+        Raises:
+            ArtifactError: The data is no card of this format; all problems are named.
+        """
+        try:
+            if isinstance(data, str | bytes):
+                return cls.model_validate_json(data)
+            # Through JSON, so that lists from any container become the tuples that the model declares.
+            return cls.model_validate_json(json.dumps(data))
+        except (ValidationError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{source}: its model card cannot be used: {_problems(error)}") from error
+
+
+def _problems(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'card'}: {item['msg']}" for item in error.errors()
+        )
+    return str(error)
+
+
+def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """The PASCAL VOC colour map: class 0 black, then colours that differ in as many bits as possible.
+
+    Args:
+        count: Number of classes, at most 256.
+    """
+    colors: list[tuple[int, int, int]] = []
+    for index in range(count):
+        channels, bits = [0, 0, 0], index
+        for shift in range(7, -1, -1):
+            for channel in range(3):
+                channels[channel] |= ((bits >> channel) & 1) << shift
+            bits >>= 3
+        colors.append((channels[0], channels[1], channels[2]))
+    return tuple(colors)
+
+
+def palette_bytes(palette: Sequence[Sequence[int]]) -> bytes:
+    """The 768 bytes of a palette PNG: the classes' colours, and white for 255 (unlabelled)."""
+    table = bytearray(768)
+    for index, color in enumerate(palette):
+        table[3 * index : 3 * index + 3] = bytes(color)
+    table[765:768] = b"\xff\xff\xff"
+    return bytes(table)

@@ -1,0 +1,1 @@
+"""Commands of the runtime: wsss-predict and wsss-doctor."""

@@ -1,0 +1,76 @@
+"""What all commands share: argument errors in one line, exit statuses, logging and `--debug`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from wsss_deploy.errors import WsssError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors take two lines and exit with status 2."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error and debug messages")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where help is to be had, then exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def run_command(
+    parser: ArgumentParser,
+    command: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse, run and exit: 0 (or what `command` returns), 1 for bad input, 2 for bad usage, 130 for Ctrl-C.
+
+    Args:
+        parser: The command's parser.
+        command: Called with the parsed arguments; returns an exit status or None for 0.
+        argv: Arguments without the program's name; None takes them from the process.
+    """
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if arguments.debug else logging.INFO, format="%(message)s")
+    if not arguments.debug:
+        # Third-party chatter is not for the user of a command; our own messages are.
+        logging.getLogger().setLevel(logging.WARNING)
+        for name in ("wsss_deploy", "training", "export", "demo"):
+            logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        status = command(arguments)
+    except WsssError as error:
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        status = error.exit_status
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"{parser.prog}: interrupted\n")
+        status = 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; nothing more can be said to it, not even at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        if arguments.debug:
+            raise
+        sys.stderr.write(
+            f"{parser.prog}: unexpected {type(error).__name__}: {error}\n"
+            "This is a defect of wsss-deploy; run again with --debug to see where it happened.\n"
+        )
+        status = 1
+    sys.exit(status or 0)

@@ -1,0 +1,1 @@
+"""The torch modules: encoder, decoder and the network that joins them."""
