@@ -74,7 +74,9 @@ class EvaluationResult:
         """JSON-ready dictionary; a missing IoU is null."""
         plain = asdict(self)
         for key in ("iou", "boundary_iou", "dice"):
-            plain[key] = {name: None if np.isnan(value) else value for name, value in zip(self.classes, plain[key])}
+            plain[key] = {
+                name: None if np.isnan(value) else value for name, value in zip(self.classes, plain[key], strict=True)
+            }
         return plain | {
             "miou": self.miou,
             "mean_boundary_iou": self.mean_boundary_iou,
@@ -127,11 +129,15 @@ class Evaluator:
         """
         count = len(self.classes)
         if prediction.shape != truth.shape:
-            raise DataError(f"prediction is {prediction.shape}, ground truth {truth.shape} (height, width); expected equal")
+            raise DataError(
+                f"prediction is {prediction.shape}, ground truth {truth.shape} (height, width); expected equal"
+            )
         bad = truth[(truth >= count) & (truth != IGNORE_INDEX)]
         if bad.size:
             raise DataError(f"ground truth holds class id {int(bad[0])}, expected 0..{count - 1} or {IGNORE_INDEX}")
-        matrix = self._confusion(torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(truth.astype(np.int64)))
+        matrix = self._confusion(
+            torch.from_numpy(prediction.astype(np.int64)), torch.from_numpy(truth.astype(np.int64))
+        )
         self._confusion.reset()
         self._total += matrix.numpy().astype(np.int64)
         self._add_boundaries(prediction, truth)

@@ -112,7 +112,8 @@ class Recipe(_Strict):
         inference_long_side: Longer side, in pixels, at which the trained model is meant to run; None takes
             `augmentation.size`; 0 runs at each image's own size.
         seed: Seed of everything random.
-        precision: "auto" is bf16 on a GPU that has it and fp32 elsewhere.
+        precision: "auto" is bf16 on a GPU or CPU that computes it natively and fp32 elsewhere; losses and norms
+            run in fp32 either way.
         device: "auto", "cpu" or "cuda".
         workers: Processes that load data; 0 loads in the training process, None is 0 on a CPU and up to 8 on a GPU.
         deterministic: Ask torch for deterministic algorithms (slower on a GPU; a CPU run repeats exactly anyway).

@@ -12,7 +12,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger(__name__)
@@ -89,10 +96,14 @@ class RunReport:
             # Seconds per step over this window give the time that is left; good to a few percent.
             left = (self._total - done) * (now - self._clock) / self._count
             _log.info("%d/%d  %s  ETA %d s", done, self._total, figures, left)
-        self.record(done, {f"loss/{name}": value for name, value in means.items()} | {
-            "learning_rate": rate,
-            "images_per_second": throughput,
-        })
+        self.record(
+            done,
+            {f"loss/{name}": value for name, value in means.items()}
+            | {
+                "learning_rate": rate,
+                "images_per_second": throughput,
+            },
+        )
         self._sums, self._count, self._images = {}, 0, 0
         self._clock = time.perf_counter()
 

@@ -90,7 +90,10 @@ def prepare_source(source: DataSource, recipe: Recipe) -> tuple[DataSource, bool
         )
     _log.warning(
         "%s has no %s: simulating them from its masks (relative length %g, seed %d)",
-        source.name, kind, recipe.simulation.length, recipe.simulation.seed,
+        source.name,
+        kind,
+        recipe.simulation.length,
+        recipe.simulation.seed,
     )
     return SimulatedSource(source, kind, recipe.simulation.seed, length=recipe.simulation.length), True
 
@@ -107,9 +110,7 @@ def split_names(source: DataSource, split: str) -> tuple[str, ...]:
     return source.splits[split]
 
 
-def run(
-    recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, show: bool = True
-) -> RunResult:
+def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, show: bool = True) -> RunResult:
     """Train, choose, save.
 
     Args:
@@ -140,9 +141,7 @@ def run(
         decoder_width=model.decoder_width,
         encoder_options=model.encoder_options,
     )
-    network = build_network(
-        architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path
-    )
+    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     method = build_method(recipe.method, len(source.classes), preprocessing)
     long_side = recipe.augmentation.size if recipe.inference_long_side is None else recipe.inference_long_side

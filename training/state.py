@@ -70,7 +70,9 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
-        raise TrainingError(f"{path}: damaged or no checkpoint of this package; start again without --resume") from error
+        raise TrainingError(
+            f"{path}: damaged or no checkpoint of this package; start again without --resume"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise TrainingError(f"{path}: not a training state; --resume reads {CHECKPOINT}, fine-tuning takes --weights")
     if content["digest"] != recipe_digest(recipe):
@@ -85,5 +87,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [found for key in keys for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))]
+        return [
+            found for key in keys for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        ]
     return [] if old == new else [prefix]

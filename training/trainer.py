@@ -184,7 +184,9 @@ class Trainer:
         if total.requires_grad:
             self._fabric.backward(total)
             if settings.clip:
-                self._fabric.clip_gradients(self._module, self._optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                self._fabric.clip_gradients(
+                    self._module, self._optimizer, max_norm=settings.clip, error_if_nonfinite=False
+                )
             self._optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self._module.module.network)
@@ -256,11 +258,18 @@ def make_fabric(recipe: Recipe) -> Fabric:
     on_gpu = cuda and recipe.device != "cpu"
     if recipe.precision == "fp16" and not on_gpu:
         raise TrainingError("precision: fp16 needs a CUDA device; use bf16 or fp32 on a CPU")
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+    native = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native)
     precision: Any = "bf16-mixed" if bf16 else "16-mixed" if recipe.precision == "fp16" else "32-true"
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return Fabric(accelerator="cuda" if on_gpu else "cpu", devices=1, precision=precision)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively (about twice as fast); elsewhere bf16 would be slower than fp32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _to_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -289,4 +298,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
