@@ -130,7 +130,7 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
     lines.append("")
     lines.append(
         f"Protocol: ViT-Tiny (supervised ImageNet weights), {options.iterations} iterations of batch "
-        f"{first['recipe']['optimisation']['batch_size']}, crop {options.size}, val split at native size, network run at "
+        f"{first['recipe']['optimisation']['batch_size']}, crop {options.size}, val split at native size, network at "
         f"{protocol['resolution']}, one scale, no flip, no CRF, no tags at test time, best of the evaluations on val "
         f"every {first['recipe']['evaluation']['every']} iterations, seeds {options.seeds}; spread is the sample "
         f"standard deviation over seeds. {platform.machine()}, {first['threads']} threads, torch "
