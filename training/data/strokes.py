@@ -26,12 +26,12 @@ def draw_stroke(region: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[
         rng: Source of the hand's unsteadiness; how much is drawn from it depends on the region only.
 
     Returns:
-        (P, 2) of y, x in pixels (centres at integers), half a pixel apart; one point for a region without extent.
+        (P, 2) of y, x in pixels (centres at integers), half a pixel apart; equal points for a region without extent.
     """
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     path = _middle_path(region, depth)
-    if len(path) < 3:
-        return path[:1]
+    if np.hypot(*np.diff(path, axis=0).T).sum() < depth.max():
+        path = _chord(path, depth, rng)
     path = _resample(path)
     smooth = _unsteady(path, depth, rng)
     return _resample(_keep_inside(smooth, path, depth))
@@ -48,6 +48,16 @@ def _middle_path(region: NDArray[np.bool_], depth: NDArray[np.float64]) -> NDArr
     small_depth = depth[np.ix_(rows, columns)]
     path = _longest_path(skeletonize(_simplify(region[np.ix_(rows, columns)], small_depth)), small_depth)
     return np.stack([rows[path[:, 0].astype(int)], columns[path[:, 1].astype(int)]], axis=1).astype(float)
+
+
+def _chord(path: NDArray[np.float64], depth: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """A straight stroke across a round region, whose medial axis is hardly more than a point."""
+    middle = np.array(np.unravel_index(np.argmax(depth), depth.shape), float)
+    along = path[-1] - path[0]
+    angle = np.arctan2(along[0], along[1]) if along.any() else rng.uniform(0, np.pi)
+    # Inside the largest inscribed circle, hence inside the region.
+    reach = 0.6 * (depth.max() - 1) * np.array([np.sin(angle), np.cos(angle)])
+    return np.stack([middle - reach, middle, middle + reach])
 
 
 def _simplify(region: NDArray[np.bool_], depth: NDArray[np.float64]) -> NDArray[np.bool_]:
