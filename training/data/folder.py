@@ -13,33 +13,21 @@ Every image has what it has: kinds of labels may differ from image to image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PIXEL_KINDS, Color, Problem
-from training.data.reading import (
-    IMAGE_SUFFIXES,
-    check_size,
-    files_by_stem,
-    image_size,
-    read_image,
-    read_json,
-    read_label_map,
-    read_lines,
-    read_palette,
-)
+from training.data.dataset import PIXEL_KINDS
+from training.data.files import FileSource
+from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines, read_palette
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
 
-_PNG = frozenset({".png"})
 
-
-class FolderSource:
-    """A data set in the folder layout; see `DataSource` for the methods.
+class FolderSource(FileSource):
+    """A data set in the folder layout.
 
     Args:
         root: The folder.
@@ -49,125 +37,69 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        self.name = root.resolve().name
-        self._root = root
-        self.problems: list[Problem] = []
-        self.classes = read_classes(root / "classes.txt")
-        self._ids = {name: index for index, name in enumerate(self.classes)}
-        self._images = self._read_images()
-        self._labels = {kind: self._read_label_files(kind) for kind in PIXEL_KINDS}
-        self._points = self._read_points()
-        self._tags = self._read_tags()
-        self.splits: Mapping[str, tuple[str, ...]] = self._read_splits()
-        files = [path for kind in PIXEL_KINDS for path in list(self._labels[kind].values())[:1]]
-        self.palette: tuple[Color, ...] = read_palette(files, len(self.classes))
-
-    def kinds(self, name: str) -> frozenset[str]:
-        """Which kinds of labels the image has."""
-        found = {kind for kind in PIXEL_KINDS if name in self._labels[kind]}
-        if name in self._points:
-            found.add("points")
-        if name in self._tags:
-            found.add("tags")
-        return frozenset(found)
-
-    def image_path(self, name: str) -> Path:
-        """The image's file."""
-        try:
-            return self._images[name]
-        except KeyError:
-            raise DataError(f"{self.name}: no image named '{name}' in images/") from None
-
-    def load_image(self, name: str) -> NDArray[np.uint8]:
-        """RGB uint8 (H, W, 3), upright."""
-        return read_image(self.image_path(name))
-
-    def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
-        """Labels uint8 (H, W)."""
-        size = image_size(self.image_path(name))
-        path = self._labels.get(kind, {}).get(name)
-        if path is not None:
-            return check_size(read_label_map(path, len(self.classes)), size, str(path))
-        if kind == "points" and name in self._points:
-            return self._draw_points(name, size)
-        raise DataError(f"{self.name}: image '{name}' has no {kind}; it has {', '.join(sorted(self.kinds(name)))}")
-
-    def tags(self, name: str) -> tuple[int, ...] | None:
-        """Ids from tags.json, ascending."""
-        return self._tags.get(name)
-
-    def _problem(self, where: str, text: str, blocking: bool = True) -> None:
-        self.problems.append(Problem(where, text, blocking=blocking))
-
-    def _read_images(self) -> dict[str, Path]:
-        found = files_by_stem(self._root / "images", IMAGE_SUFFIXES)
+        found = files_by_stem(root / "images", IMAGE_SUFFIXES)
         if not found:
             raise DataError(
-                f"{self._root}: no images; expected images/*.jpg (or png, ...) beside classes.txt, masks/, scribbles/, ..."
+                f"{root}: no images; expected images/*.jpg (or png, ...) beside classes.txt, masks/, scribbles/, ..."
             )
+        classes = read_classes(root / "classes.txt")
+        super().__init__(root, classes, {name: paths[0] for name, paths in found.items()})
         for paths in found.values():
             if len(paths) > 1:
                 names = ", ".join(path.name for path in paths)
                 self._problem(f"images/{paths[0].name}", f"the same name occurs {len(paths)} times ({names}); keep one")
-        return {name: paths[0] for name, paths in found.items()}
+        self._ids = {name: index for index, name in enumerate(classes)}
+        for kind in PIXEL_KINDS:
+            self._labels[kind] = self._label_files(kind)
+            self._report_strays(kind, [".png"])
+        self._points = self._read_points()
+        self._tags = self._read_tags()
+        self.splits = self._read_splits()
+        files = [path for labels in self._labels.values() for path in list(labels.values())[:1]]
+        self.palette = read_palette(files, len(classes))
 
-    def _read_label_files(self, kind: str) -> dict[str, Path]:
-        labels: dict[str, Path] = {}
-        for name, paths in files_by_stem(self._root / kind, _PNG).items():
-            if name in self._images:
-                labels[name] = paths[0]
-            else:
-                self._problem(f"{kind}/{paths[0].name}", "label without an image of that name; add it", blocking=False)
-        folder = self._root / kind
-        entries = folder.iterdir() if folder.is_dir() else ()
-        strays = sorted(path.name for path in entries if path.suffix.lower() != ".png" and path.name[0] != ".")
-        if strays:
-            text = f"{len(strays)} files are no PNG (first: {strays[0]}) and are not read; save labels as PNG"
-            self._problem(f"{kind}/", text, blocking=False)
-        return labels
+    def kinds(self, name: str) -> frozenset[str]:
+        """Which kinds of labels the image has."""
+        kinds = super().kinds(name)
+        return kinds | {"points"} if name in self._points else kinds
+
+    def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
+        """Labels uint8 (H, W)."""
+        if kind == "points" and name in self._points and name not in self._labels["points"]:
+            return self._draw_points(name)
+        return super().load_labels(name, kind)
 
     def _read_points(self) -> dict[str, list[dict[str, Any]]]:
-        path = self._root / "points.json"
-        if not path.is_file():
-            return {}
         points: dict[str, list[dict[str, Any]]] = {}
-        for name, items in _mapping(path).items():
-            if name not in self._images:
-                self._problem("points.json", f"names the image '{name}', which images/ lacks", blocking=False)
-                continue
-            if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        for name, items in self._read_mapping("points.json").items():
+            if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+                points[name] = items
+            else:
                 self._problem("points.json", f"'{name}': expected a list of objects with x, y and cls")
-                continue
-            points[name] = items
         return points
 
-    def _draw_points(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    def _draw_points(self, name: str) -> NDArray[np.uint8]:
+        size = image_size(self.image_path(name))
         labels = np.full(size, IGNORE_INDEX, np.uint8)
         for item in self._points[name]:
             where = f"{self._root / 'points.json'}: '{name}'"
             x, y, index = item.get("x"), item.get("y"), self._class_id(item.get("cls"))
             if not isinstance(x, int | float) or not isinstance(y, int | float) or index is None:
-                raise DataError(f"{where}: point {item}: expected numbers x, y and a known class in cls")
+                raise DataError(f"{where}: point {item}: expected numbers x and y, and a known class in cls")
             if not (0 <= x < size[1] and 0 <= y < size[0]):
                 raise DataError(f"{where}: point ({x}, {y}) is outside the image of {size[1]}x{size[0]} pixels")
             labels[int(y), int(x)] = index
         return labels
 
     def _read_tags(self) -> dict[str, tuple[int, ...]]:
-        path = self._root / "tags.json"
-        if not path.is_file():
-            return {}
         tags: dict[str, tuple[int, ...]] = {}
-        for name, values in _mapping(path).items():
-            if name not in self._images:
-                self._problem("tags.json", f"names the image '{name}', which images/ lacks", blocking=False)
-                continue
-            values = values if isinstance(values, list) else [values]
-            ids = [self._class_id(value) for value in values]
-            unknown = [repr(value) for value, index in zip(values, ids, strict=True) if index is None]
+        for name, values in self._read_mapping("tags.json").items():
+            listed = values if isinstance(values, list) else [values]
+            ids = [self._class_id(value) for value in listed]
+            unknown = [repr(value) for value, index in zip(listed, ids, strict=True) if index is None]
             if unknown:
-                text = f"'{name}' has the unknown tag {', '.join(unknown)}; expected ids below {len(self.classes)} or names"
-                self._problem("tags.json", text)
+                expected = f"expected ids below {len(self.classes)} or names of classes.txt"
+                self._problem("tags.json", f"'{name}' has the unknown tag {', '.join(unknown)}; {expected}")
             tags[name] = tuple(sorted({index for index in ids if index is not None}))
         return tags
 
@@ -178,42 +110,31 @@ class FolderSource:
             return value
         return None
 
+    def _read_mapping(self, file: str) -> dict[str, Any]:
+        """The part of a JSON object that is about images of this set; {} without the file."""
+        path = self._root / file
+        if not path.is_file():
+            return {}
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
+        unknown = [name for name in content if name not in self._images]
+        if unknown:
+            text = f"{len(unknown)} entries name no image (first: '{unknown[0]}'); add the images or remove the entries"
+            self._problem(file, text, blocking=False)
+        return {name: value for name, value in content.items() if name in self._images}
+
     def _read_splits(self) -> dict[str, tuple[str, ...]]:
         splits: dict[str, tuple[str, ...]] = {}
         for path in sorted((self._root / "splits").glob("*.txt")):
             names = [self._strip_suffix(line) for line in read_lines(path) if line]
-            splits[path.stem] = unique_names(names, self._images, f"splits/{path.name}", self.problems)
+            splits[path.stem] = self._split_names(names, f"splits/{path.name}")
         return splits or {"train": tuple(self._images)}
 
     def _strip_suffix(self, line: str) -> str:
         # Lists often carry file names; a name may hold dots of its own, so the plain name goes first.
         path = Path(line)
         return path.stem if line not in self._images and path.suffix.lower() in IMAGE_SUFFIXES else line
-
-
-def unique_names(
-    names: Sequence[str], images: Mapping[str, Path], where: str, problems: list[Problem]
-) -> tuple[str, ...]:
-    """Names of a split that exist, each once; the others are added to `problems`.
-
-    Args:
-        names: As listed.
-        images: Known images.
-        where: The list's file.
-        problems: Extended in place.
-    """
-    kept = dict.fromkeys(name for name in names if name in images)
-    missing = list(dict.fromkeys(name for name in names if name not in images))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        text = f"names images that do not exist: {', '.join(missing[:3])}{more}; add them or take them off the list"
-        problems.append(Problem(where, text, blocking=True))
-    repeated = len(names) - len(kept) - sum(name not in images for name in names)
-    if repeated:
-        problems.append(Problem(where, f"{repeated} names are listed more than once; each counts once", "remark"))
-    if not kept and not missing:
-        problems.append(Problem(where, "is empty; list one image name a line or remove the file", blocking=True))
-    return tuple(kept)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -233,10 +154,3 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if not 2 <= len(lines) <= 255:
         raise DataError(f"{path}: {len(lines)} classes, expected 2 to 255 (with the background, if there is one)")
     return tuple(lines)
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
-    return content

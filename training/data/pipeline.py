@@ -127,7 +127,8 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
     ) -> None:
         unknown = [] if kinds == "auto" else [kind for kind in kinds if kind not in KINDS]
         if unknown or not kinds:
-            raise UsageError(f"unknown kinds of labels: {', '.join(unknown) or 'none given'}; known: {', '.join(KINDS)}")
+            given = ", ".join(unknown) or "none given"
+            raise UsageError(f"unknown kinds of labels: {given}; expected some of {', '.join(KINDS)}")
         self.source, self.augmentation, self.seed = source, augmentation, seed
         self._auto = kinds == "auto"
         self._asked = frozenset(PIXEL_KINDS if kinds == "auto" else kinds)

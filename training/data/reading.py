@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from PIL import Image
 from wsss_deploy.card import IGNORE_INDEX, default_palette
 from wsss_deploy.errors import DataError, ImageError
 from wsss_deploy.images import load_image
+
+Values = TypeVar("Values", bound=np.generic)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
@@ -104,7 +106,7 @@ def check_ids(labels: NDArray[np.uint8], classes: int, where: str) -> NDArray[np
     return labels
 
 
-def check_size(labels: NDArray[np.uint8], size: tuple[int, int], where: str) -> NDArray[np.uint8]:
+def check_size(labels: NDArray[Values], size: tuple[int, int], where: str) -> NDArray[Values]:
     """Return `labels` when its (height, width) is that of the upright image.
 
     Raises:

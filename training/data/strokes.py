@@ -9,6 +9,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from skimage.morphology import skeletonize
 
+from training.data.rasterise import resample
+
 # Half of the 8 neighbours; the graph is undirected.
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 _WORK_SIDE = 96
@@ -32,9 +34,9 @@ def draw_stroke(region: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[
     path = _middle_path(region, depth)
     if np.hypot(*np.diff(path, axis=0).T).sum() < depth.max():
         path = _chord(path, depth, rng)
-    path = _resample(path)
+    path = resample(path, _STEP)
     smooth = _unsteady(path, depth, rng)
-    return _resample(_keep_inside(smooth, path, depth))
+    return resample(_keep_inside(smooth, path, depth), _STEP)
 
 
 def _middle_path(region: NDArray[np.bool_], depth: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -106,14 +108,6 @@ def _farthest(distances: NDArray[np.float64]) -> int:
     return int(np.argmax(np.where(np.isfinite(distances), distances, -1)))
 
 
-def _resample(path: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same course in even steps of half a pixel."""
-    steps = np.hypot(*np.diff(path, axis=0).T)
-    along = np.concatenate([[0], np.cumsum(steps)])
-    places = np.linspace(0, along[-1], max(2, round(along[-1] / _STEP) + 1))
-    return np.stack([np.interp(places, along, path[:, axis]) for axis in (0, 1)], axis=1)
-
-
 def _unsteady(
     path: NDArray[np.float64], depth: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
@@ -126,7 +120,8 @@ def _unsteady(
     sway = gaussian_filter1d(rng.standard_normal((count, 2)), wave, axis=0, mode="reflect")
     # A filtered white noise has this standard deviation; dividing brings it back to 1.
     sway *= np.sqrt(2 * np.sqrt(np.pi) * wave)
-    return smooth + sway * np.minimum(0.18 * room, 0.02 * count)[:, None]
+    swaying: NDArray[np.float64] = smooth + sway * np.minimum(0.18 * room, 0.02 * count)[:, None]
+    return swaying
 
 
 def _keep_inside(
@@ -141,10 +136,12 @@ def _keep_inside(
     # Neighbours give way too, or the stroke would have kinks.
     width = max(5, len(wanted) // 16)
     share = gaussian_filter1d(minimum_filter1d(share, width), width / 4)
-    return share[:, None] * wanted + (1 - share[:, None]) * safe
+    blended: NDArray[np.float64] = share[:, None] * wanted + (1 - share[:, None]) * safe
+    return blended
 
 
 def _sample(depth: NDArray[np.float64], path: NDArray[np.float64]) -> NDArray[np.float64]:
     ys = np.clip(np.rint(path[:, 0]).astype(int), 0, depth.shape[0] - 1)
     xs = np.clip(np.rint(path[:, 1]).astype(int), 0, depth.shape[1] - 1)
-    return depth[ys, xs]
+    values: NDArray[np.float64] = depth[ys, xs]
+    return values

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, find_objects
 from skimage.measure import label
 
+from training.data.rasterise import paint_discs
 from training.data.strokes import draw_stroke
 from wsss_deploy.card import IGNORE_INDEX
 
@@ -38,7 +39,7 @@ def simulate_scribbles(
     out = np.full(mask.shape, IGNORE_INDEX, np.uint8)
     for index, box, region in _regions(mask):
         stroke = draw_stroke(region, rng)
-        out[box][_paint(_trim(stroke, length), region, (width - 1) / 2)] = index
+        out[box][paint_discs(region.shape, _trim(stroke, length), (width - 1) / 2) & region] = index
     return out
 
 
@@ -58,7 +59,8 @@ def simulate_points(mask: NDArray[np.uint8], rng: np.random.Generator, radius: i
         depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
         ys, xs = np.nonzero(depth >= 0.5 * depth.max())
         chosen = int(rng.integers(len(ys)))
-        out[box][_paint(np.array([[ys[chosen], xs[chosen]]], float), region, radius)] = index
+        click = np.array([[ys[chosen], xs[chosen]]], float)
+        out[box][paint_discs(region.shape, click, radius) & region] = index
     return out
 
 
@@ -98,18 +100,3 @@ def _trim(stroke: NDArray[np.float64], length: float) -> NDArray[np.float64]:
     if half < 0.5:
         return stroke[int(middle) : int(middle) + 1]
     return stroke[int(np.ceil(middle - half)) : int(np.floor(middle + half)) + 1]
-
-
-def _paint(points: NDArray[np.float64], region: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
-    """Discs around points (P, 2) of y, x, cut off at the region (h, w)."""
-    height, width = region.shape
-    centres = np.unique(np.rint(points).astype(int), axis=0)
-    painted = np.zeros_like(region)
-    reach = range(-int(np.ceil(radius)), int(np.ceil(radius)) + 1)
-    for dy in reach:
-        for dx in reach:
-            if dy * dy + dx * dx <= radius * radius + 0.25 * radius:
-                ys, xs = centres[:, 0] + dy, centres[:, 1] + dx
-                inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
-                painted[ys[inside], xs[inside]] = True
-    return painted & region
