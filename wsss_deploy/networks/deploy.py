@@ -50,6 +50,7 @@ class DeployedNetwork(nn.Module):
         # Edge values to the right and below, as indices: cheap on bytes, and any amount is allowed for any size.
         for dim in (1, 2):
             size = image.shape[dim]
-            index = torch.arange(-(-size // self.stride) * self.stride, device=image.device).clamp(max=size - 1)
+            padded = (size + self.stride - 1) // self.stride * self.stride  # not -(-a // b): ONNX divides towards zero
+            index = torch.arange(padded, device=image.device).clamp(max=size - 1)
             image = image.index_select(dim, index)
         return image

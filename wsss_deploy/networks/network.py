@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from wsss_deploy.card import Architecture
+from wsss_deploy.card import Architecture, ModelCard
+from wsss_deploy.errors import ArtifactError
 from wsss_deploy.networks.decoder import build_decoder
 from wsss_deploy.networks.encoder import Encoder
 from wsss_deploy.networks.weights import load_encoder_weights, load_network_weights, read_weights
@@ -100,3 +102,34 @@ def build_network(
     if ours is not None:
         load_network_weights(network, ours, str(weights))
     return network
+
+
+def restore_network(card: ModelCard, state_dict: Mapping[str, Tensor], source: str) -> SegmentationNetwork:
+    """The network of a model file, in evaluation mode.
+
+    Args:
+        card: The file's card.
+        state_dict: The file's tensors.
+        source: The file's name, for errors.
+
+    Raises:
+        ArtifactError: The tensors do not fit the card's architecture; what differs is named.
+        RecipeError: The installed timm has no such encoder.
+    """
+    network = build_network(card.architecture, len(card.classes))
+    expected = network.state_dict()
+    problems = [f"lacks {name}" for name in expected if name not in state_dict]
+    problems += [f"unknown {name}" for name in state_dict if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state_dict[name].shape)} for {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state_dict and state_dict[name].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ArtifactError(
+            f"{source}: its tensors do not fit the architecture {card.architecture.encoder} of its card: "
+            f"{'; '.join(problems[:3])}{more}; train it again with this release"
+        )
+    network.load_state_dict(state_dict)
+    return network.eval()

@@ -134,7 +134,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         )
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
         raise TrainingError(
-            f"{path}: cannot be read as plain tensors ({_first_line(error)}); copy it again, or save only its state_dict"
+            f"{path}: cannot be read as plain tensors ({_first_line(error)}); copy it again, or save its state_dict"
         ) from error
     while isinstance(content, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
         content = content[wrapper]
