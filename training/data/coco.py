@@ -25,7 +25,7 @@ from PIL import Image
 from training.data.dataset import Problem
 from training.data.files import FileSource
 from training.data.rasterise import decode_rle, fill_polygon
-from training.data.reading import check_size, image_size, read_json
+from training.data.reading import check_labels, image_size, read_json, size_fault
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
 
@@ -157,13 +157,15 @@ class CocoSource(FileSource):
         shape = item["segmentation"]
         try:
             if isinstance(shape, Mapping):
-                height, width = shape["size"]
-                return check_size(decode_rle(shape["counts"], (height, width)), size, str(record.file))
+                found = (int(shape["size"][0]), int(shape["size"][1]))
+                if found != size:
+                    raise DataError(f"{record.file}: annotation {item.get('id')} {size_fault(found, size)}")
+                return decode_rle(shape["counts"], size)
             region = np.zeros(size, bool)
             for polygon in shape:
                 region |= fill_polygon(size, polygon)
             return region
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"{record.file}: annotation {item.get('id')}: unusable segmentation ({error})") from error
 
     def _draw_panoptic(self, record: _Record, path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -179,7 +181,7 @@ class CocoSource(FileSource):
         if unknown:
             raise DataError(f"{path}: segment {unknown[0]} is not in {record.file.name}; restore the pair of files")
         ids = np.array([table.get(int(number), IGNORE_INDEX) for number in present], np.uint8)
-        return check_size(ids[inverse].reshape(numbers.shape), size, str(path))
+        return check_labels(ids[inverse].reshape(numbers.shape), str(path), size, len(self.classes))
 
 
 def _find_files(root: Path) -> tuple[list[Path], bool]:

@@ -103,6 +103,11 @@ class CheckedSource(DataSource, Protocol):
         """Found while opening."""
         ...
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """All images, whether in a split or not."""
+        ...
+
 
 def has_background(classes: Sequence[str]) -> bool:
     """Whether class 0 is the background, which tags leave out."""

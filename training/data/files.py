@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.dataset import PIXEL_KINDS, Color, Problem
-from training.data.reading import check_size, files_by_stem, image_size, read_image, read_label_map
+from training.data.reading import check_labels, files_by_stem, image_size, read_image, read_label_map
 from wsss_deploy.card import default_palette
 from wsss_deploy.errors import DataError
 
@@ -38,6 +38,11 @@ class FileSource:
         self._labels: dict[str, dict[str, Path]] = {kind: {} for kind in PIXEL_KINDS}
         self._tags: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """All images, whether in a split or not."""
+        return tuple(self._images)
+
     def kinds(self, name: str) -> frozenset[str]:
         """Which kinds of labels the image has."""
         found = {kind for kind, files in self._labels.items() if name in files}
@@ -61,7 +66,7 @@ class FileSource:
             has = ", ".join(sorted(self.kinds(name))) or "no labels"
             raise DataError(f"{self.name}: image '{name}' has no {kind}; it has {has}")
         size = image_size(self.image_path(name))
-        return check_size(read_label_map(path, len(self.classes)), size, str(path))
+        return check_labels(read_label_map(path), str(path), size, len(self.classes))
 
     def tags(self, name: str) -> tuple[int, ...] | None:
         """Ids of the classes in the image, ascending."""

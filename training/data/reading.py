@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,6 @@ from PIL import Image
 from wsss_deploy.card import IGNORE_INDEX, default_palette
 from wsss_deploy.errors import DataError, ImageError
 from wsss_deploy.images import load_image
-
-Values = TypeVar("Values", bound=np.generic)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
@@ -48,27 +46,17 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def read_label_map(path: Path, classes: int) -> NDArray[np.uint8]:
+def read_label_map(path: Path) -> NDArray[np.uint8]:
     """A label map whose pixel values are class ids; a palette is only for looking at and is not applied.
 
     Args:
         path: A palette, grey or 16-bit grey PNG.
-        classes: Number of classes K.
 
     Returns:
-        uint8 (H, W), ids below K or 255 = unlabelled.
+        uint8 (H, W); the ids are for `check_labels` to judge.
 
     Raises:
-        DataError: The file cannot be read, has colours instead of ids, or holds an id that is out of range.
-    """
-    return check_ids(read_raw_labels(path), classes, str(path))
-
-
-def read_raw_labels(path: Path) -> NDArray[np.uint8]:
-    """As `read_label_map`, without the check of the ids; values above 255 are an error.
-
-    Raises:
-        DataError: The file cannot be read or has colours instead of ids.
+        DataError: The file cannot be read, has colours instead of ids, or holds a value above 255.
     """
     try:
         with Image.open(path) as image:
@@ -76,7 +64,7 @@ def read_raw_labels(path: Path) -> NDArray[np.uint8]:
             values: NDArray[Any] = np.array(image)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; restore it or take it off the data set") from error
-    except Exception as error:
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
         raise DataError(f"{path}: is damaged or cut short ({error}); save it again as a PNG of class ids") from error
     if mode not in ("P", "L", "1", "I") and not mode.startswith("I;16"):
         raise DataError(
@@ -84,41 +72,45 @@ def read_raw_labels(path: Path) -> NDArray[np.uint8]:
             "save it as a palette or grey PNG"
         )
     if values.dtype != np.uint8:
-        if values.size and (int(values.max()) > IGNORE_INDEX or int(values.min()) < 0):
-            raise DataError(f"{path}: holds the value {int(values.max())}, expected class ids or {IGNORE_INDEX}")
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > IGNORE_INDEX:
+            raise DataError(f"{path}: holds values from {low} to {high}, expected class ids or {IGNORE_INDEX}")
         values = values.astype(np.uint8)
     return values
 
 
-def check_ids(labels: NDArray[np.uint8], classes: int, where: str) -> NDArray[np.uint8]:
-    """Return `labels` when all ids are below `classes` or 255.
+def check_labels(labels: NDArray[np.uint8], where: str, size: tuple[int, int], classes: int) -> NDArray[np.uint8]:
+    """Return `labels` when they fit the image and the classes.
+
+    Args:
+        labels: (H, W).
+        where: Their file, for the error.
+        size: (height, width) of the upright image.
+        classes: Number of classes K.
 
     Raises:
-        DataError: An id is out of range.
+        DataError: The size differs or an id is neither below K nor 255; both are told.
     """
+    faults = []
+    if labels.shape != size:
+        faults.append(size_fault((labels.shape[0], labels.shape[1]), size))
     bad = (labels >= classes) & (labels != IGNORE_INDEX)
     if bad.any():
         found = ", ".join(str(value) for value in np.unique(labels[bad])[:5])
-        raise DataError(
-            f"{where}: holds class id {found}, expected 0..{classes - 1} or {IGNORE_INDEX}; "
-            "correct the ids or add the classes"
-        )
+        remedy = "correct the ids or add the classes"
+        faults.append(f"holds class id {found}, expected 0..{classes - 1} or {IGNORE_INDEX}; {remedy}")
+    if faults:
+        raise DataError(f"{where}: {'; '.join(faults)}")
     return labels
 
 
-def check_size(labels: NDArray[Values], size: tuple[int, int], where: str) -> NDArray[Values]:
-    """Return `labels` when its (height, width) is that of the upright image.
-
-    Raises:
-        DataError: The sizes differ.
-    """
-    if labels.shape != size:
-        turned = " (turned by 90 degrees: the image has an EXIF orientation)" if labels.shape == size[::-1] else ""
-        raise DataError(
-            f"{where}: is {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]} (width x height){turned}; "
-            "labels must have the size of the upright image"
-        )
-    return labels
+def size_fault(found: tuple[int, int], size: tuple[int, int]) -> str:
+    """What is wrong with labels of size `found` for an upright image of `size`, both (height, width)."""
+    turned = " (turned by 90 degrees: the image has an EXIF orientation)" if found == size[::-1] else ""
+    return (
+        f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]} (width x height){turned}; "
+        "labels must have the size of the upright image"
+    )
 
 
 def read_palette(paths: list[Path], classes: int) -> tuple[tuple[int, int, int], ...]:

@@ -24,7 +24,7 @@ from training.data.dataset import Problem
 from training.data.files import FileSource
 from training.data.folder import read_classes
 from training.data.rasterise import draw_polyline
-from training.data.reading import IMAGE_SUFFIXES, check_size, files_by_stem, image_size, read_lines
+from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_lines, size_fault
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
 
@@ -94,8 +94,9 @@ class VocSource(FileSource):
         root = parse_xml(path)
         given = (root.findtext("size/height"), root.findtext("size/width"))
         if all(given):
-            shape = tuple(int(_number(text, path)) for text in given)
-            check_size(np.broadcast_to(np.uint8(0), shape), size, str(path))
+            found = (int(_number(given[0], path)), int(_number(given[1], path)))
+            if found != size:
+                raise DataError(f"{path}: {size_fault(found, size)}")
         for line in root.iter("polygon"):
             index = self._class_id(line.findtext("tag", "").strip(), path)
             points = [(_number(p.findtext("X"), path), _number(p.findtext("Y"), path)) for p in line.iter("point")]
