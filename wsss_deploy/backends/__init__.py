@@ -88,9 +88,10 @@ def open_backend(path: Path, device: str, backend: str, threads: int | None) -> 
         raise UsageError(f"found {threads} threads, expected at least 1")
     if choose(path, backend) == "torch":
         from wsss_deploy.backends.torch_backend import TorchBackend
+        from wsss_deploy.networks import restore_network
 
         card, state_dict = load_model(path)
-        return TorchBackend.from_state_dict(card, state_dict, str(path), device, threads)
+        return TorchBackend(restore_network(card, state_dict, str(path)), card, device, threads)
     from wsss_deploy.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, device, threads)

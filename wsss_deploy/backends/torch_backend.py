@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from wsss_deploy.card import ModelCard
-from wsss_deploy.errors import ArtifactError, BackendError
-from wsss_deploy.networks import DeployedNetwork, SegmentationNetwork, build_network
+from wsss_deploy.errors import BackendError
+from wsss_deploy.networks import DeployedNetwork, SegmentationNetwork
 
 
 class TorchBackend:
@@ -32,41 +31,6 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         self._module = DeployedNetwork(network, card.preprocessing).to(self.device).eval()
-
-    @classmethod
-    def from_state_dict(
-        cls, card: ModelCard, state_dict: Mapping[str, torch.Tensor], source: str, device: str, threads: int | None
-    ) -> Self:
-        """Build the card's network and load its tensors.
-
-        Args:
-            card: The model's card.
-            state_dict: Tensors by name.
-            source: The file's name, for errors.
-            device: As in the class.
-            threads: As in the class.
-
-        Raises:
-            ArtifactError: The tensors do not fit the card's architecture.
-            BackendError: The device does not work.
-        """
-        network = build_network(card.architecture, len(card.classes))
-        expected = network.state_dict()
-        problems = [f"lacks {name}" for name in expected if name not in state_dict]
-        problems += [f"unknown {name}" for name in state_dict if name not in expected]
-        problems += [
-            f"{name} has shape {tuple(state_dict[name].shape)} for {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in state_dict and state_dict[name].shape != value.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ArtifactError(
-                f"{source}: its tensors do not fit the architecture {card.architecture.encoder} of its card: "
-                f"{'; '.join(problems[:3])}{more}; train it again with this release"
-            )
-        network.load_state_dict(state_dict)
-        return cls(network, card, device, threads)
 
     def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Class probabilities, see `Backend.run`."""
