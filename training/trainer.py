@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -46,8 +46,9 @@ class _Step(nn.Module):
         self.network = network
         self.method = method
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self.method(self.network, batch, progress)
+    def forward(self, tensors: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        # Fabric converts tensors in plain containers only, so that the batch is put together here.
+        losses: dict[str, Tensor] = self.method(self.network, Batch(**tensors), progress)
         return losses
 
 
@@ -170,8 +171,8 @@ class Trainer:
         rate = learning_rate(self._iteration, settings)
         set_learning_rate(self._optimizer, rate)
         self._module.train()
-        batch = self._to_batch(raw)
-        losses = self._module(batch, self._iteration / settings.iterations)
+        tensors = self._on_device(raw)
+        losses = self._module(tensors, self._iteration / settings.iterations)
         total = torch.stack([value.float() for value in losses.values()]).sum()
         values = {name: float(value.detach()) for name, value in losses.items()}
         if not all(math.isfinite(value) for value in values.values()):
@@ -190,13 +191,12 @@ class Trainer:
             self._optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self._module.module.network)
-        report.step(self._iteration, values | {"total": sum(values.values())}, rate, len(batch.image))
+        report.step(self._iteration, values | {"total": sum(values.values())}, rate, len(tensors["image"]))
         self._iteration += 1
 
-    def _to_batch(self, raw: dict[str, Tensor]) -> Batch:
-        moved = {name: value.to(self._fabric.device, non_blocking=True) for name, value in raw.items()}
-        image = (moved["image"].float() - self._mean) / self._std
-        return Batch(image=image, labels=moved["labels"], valid=moved["valid"], tags=moved["tags"])
+    def _on_device(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {name: value.to(self._fabric.device, non_blocking=True) for name, value in raw.items()}
+        return tensors | {"image": (tensors["image"].float() - self._mean) / self._std}
 
     def _validate(self, report: RunReport) -> None:
         network = self.network
