@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
@@ -39,7 +41,7 @@ def test_scribbles_lie_on_their_class_and_reach_every_class(length):
 
 def test_a_longer_scribble_holds_the_shorter_one():
     drawn = [_scribbles(_mask(), length) != 255 for length in (0, 0.2, 0.5, 0.8, 1)]
-    for shorter, longer in zip(drawn, drawn[1:], strict=False):
+    for shorter, longer in pairwise(drawn):
         assert not (shorter & ~longer).any()
         assert longer.sum() > shorter.sum()
     for index in (1, 2):

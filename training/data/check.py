@@ -12,7 +12,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import Progress
 
-from training.data.dataset import KINDS, PIXEL_KINDS
+from training.data.dataset import KINDS, PIXEL_KINDS, counted
 from training.data.inspection import Report
 from wsss_deploy.cli.common import ArgumentParser, run_command
 
@@ -31,7 +31,7 @@ def _parser() -> ArgumentParser:
 
 def format_report(report: Report) -> str:
     """The report as text: splits, classes per kind, agreement with the masks, problems."""
-    lines = [f"{report.name}: {report.images} images, {len(report.classes)} classes", ""]
+    lines = [f"{report.name}: {counted(report.images, 'image')}, {len(report.classes)} classes", ""]
     lines += _table(
         ["split", "images", *KINDS],
         [[split, tally.images, *(tally.kinds[kind] for kind in KINDS)] for split, tally in report.splits.items()],
@@ -75,7 +75,7 @@ def _problem_lines(report: Report) -> list[str]:
     remarks = len(report.problems) - report.errors
     if not report.problems:
         return ["no problems"]
-    lines = [f"{report.errors} errors, {remarks} remarks"]
+    lines = [f"{counted(report.errors, 'error')}, {counted(remarks, 'remark')}"]
     return lines + [f"  {problem.severity:<6}  {problem}" for problem in report.problems]
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.data.dataset import Problem
+from training.data.dataset import Problem, counted
 from training.data.files import FileSource
 from training.data.rasterise import decode_rle, fill_polygon
 from training.data.reading import check_labels, image_size, read_json, size_fault
@@ -143,7 +143,7 @@ class CocoSource(FileSource):
                 png = segments / pngs[item["id"]] if segments is not None else None
                 self._records[name] = _Record(path, annotations.get(item["id"], []), png)
         if missing:
-            text = f"{len(missing)} images are not there (first: {missing[0]}); expected them in {split}/ or images/"
+            text = f"{counted(len(missing), 'image')} not found (first: {missing[0]}); expected in {split}/ or images/"
             found.append(Problem(path.name, text, blocking=True))
         return tuple(names)
 

@@ -109,6 +109,12 @@ class CheckedSource(DataSource, Protocol):
         ...
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for messages: "1 image", "2 images"."""
+    many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number} {noun if number == 1 else many}"
+
+
 def has_background(classes: Sequence[str]) -> bool:
     """Whether class 0 is the background, which tags leave out."""
     return bool(classes) and classes[0].strip().lower() in _BACKGROUND_NAMES

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PIXEL_KINDS, Color, Problem
+from training.data.dataset import PIXEL_KINDS, Color, Problem, counted
 from training.data.reading import check_labels, files_by_stem, image_size, read_image, read_label_map
 from wsss_deploy.card import default_palette
 from wsss_deploy.errors import DataError
@@ -91,7 +91,7 @@ class FileSource:
         entries = (self._root / folder).iterdir() if (self._root / folder).is_dir() else ()
         strays = sorted(path.name for path in entries if path.suffix.lower() not in expected and path.name[0] != ".")
         if strays:
-            text = f"{len(strays)} files are not {' or '.join(expected)} (first: {strays[0]}) and are not read"
+            text = f"{counted(len(strays), 'file')} not read, since not {' or '.join(expected)} (first: {strays[0]})"
             self._problem(f"{folder}/", text, blocking=False)
 
     def _split_names(self, names: Sequence[str], where: str) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class FileSource:
             self._problem(where, f"{found}; add them or take them off the list")
         repeated = len(names) - len(set(names))
         if repeated:
-            text = f"{repeated} names are listed more than once; each counts once"
+            text = f"{counted(repeated, 'name')} listed more than once; each counts once"
             self.problems.append(Problem(where, text, "remark"))
         if not names:
             self._problem(where, "is empty; list one image name a line or remove the file")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PIXEL_KINDS
+from training.data.dataset import PIXEL_KINDS, counted
 from training.data.files import FileSource
 from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines, read_palette
 from wsss_deploy.card import IGNORE_INDEX
@@ -120,8 +120,8 @@ class FolderSource(FileSource):
             raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
         unknown = [name for name in content if name not in self._images]
         if unknown:
-            text = f"{len(unknown)} entries name no image (first: '{unknown[0]}'); add the images or remove the entries"
-            self._problem(file, text, blocking=False)
+            found = f"{counted(len(unknown), 'entry')} for no known image (first: '{unknown[0]}')"
+            self._problem(file, f"{found}; add the image or remove the entry", blocking=False)
         return {name: value for name, value in content.items() if name in self._images}
 
     def _read_splits(self) -> dict[str, tuple[str, ...]]:

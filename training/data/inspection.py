@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import KINDS, PIXEL_KINDS, CheckedSource, Problem, has_background
+from training.data.dataset import KINDS, PIXEL_KINDS, CheckedSource, Problem, counted, has_background
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
 
@@ -202,9 +202,9 @@ def _unlabelled(facts: Mapping[str, ImageFacts], rest: Sequence[str]) -> list[Pr
     problems = []
     bare = [name for name, found in facts.items() if not found.kinds]
     if bare:
-        problems.append(Problem("images", f"{len(bare)} images have no label of any kind{_some(bare)}", "remark"))
+        problems.append(Problem("images", f"{counted(len(bare), 'image')} without any label{_some(bare)}", "remark"))
     if rest:
-        problems.append(Problem("splits", f"{len(rest)} images are in no split{_some(rest)}", "remark"))
+        problems.append(Problem("splits", f"{counted(len(rest), 'image')} in no split{_some(rest)}", "remark"))
     return problems
 
 
@@ -217,7 +217,7 @@ def _overlaps(splits: Mapping[str, Sequence[str]]) -> list[Problem]:
             if common:
                 # "trainval" is meant to hold both; anything else that mixes training and test spoils the figures.
                 mixed = _role(first) and _role(second) and _role(first) != _role(second)
-                text = f"splits {first} and {second} share {len(common)} images{_some(common)}"
+                text = f"splits {first} and {second} share {counted(len(common), 'image')}{_some(common)}"
                 problems.append(
                     Problem("splits", f"{text}; take them off one of the two")
                     if mixed

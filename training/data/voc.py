@@ -20,7 +20,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import Problem
+from training.data.dataset import Problem, counted
 from training.data.files import FileSource
 from training.data.folder import read_classes
 from training.data.rasterise import draw_polyline
@@ -114,7 +114,7 @@ class VocSource(FileSource):
         found = files_by_stem(self._root / folder, frozenset({".xml"}))
         orphans = [name for name in found if name not in self._images]
         if orphans:
-            text = f"{len(orphans)} files have no image (first: {orphans[0]}.xml); add the images"
+            text = f"{counted(len(orphans), 'file')} without an image (first: {orphans[0]}.xml); add the image"
             self._problem(f"{folder}/", text, blocking=False)
         return {name: paths[0] for name, paths in found.items() if name in self._images}
 
