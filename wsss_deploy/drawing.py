@@ -64,7 +64,8 @@ def _outlines(mask: npt.NDArray[np.uint8], tinted: npt.NDArray[np.bool_]) -> Ima
     edge[1:] |= down
     edge[:-1] |= down
     outline = Image.fromarray(edge.astype(np.uint8) * 255)
-    thickness = 2 * (max(mask.shape) // 1500) + 1
+    # At most 5: the filter takes time with the square of it, and nobody sees a whole huge image at full size.
+    thickness = min(2 * (max(mask.shape) // 1500) + 1, 5)
     if thickness > 1:
         outline = outline.filter(ImageFilter.MaxFilter(thickness))
     visible = Image.fromarray(tinted[mask].astype(np.uint8) * 255)
