@@ -143,7 +143,8 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     )
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
-    method = build_method(recipe.method, len(source.classes), preprocessing)
+    counts = _class_counts(dataset) if recipe.method.class_weights == "counts" else None
+    method = build_method(recipe.method, len(source.classes), preprocessing, counts)
     long_side = recipe.augmentation.size if recipe.inference_long_side is None else recipe.inference_long_side
     card = ModelCard(
         name=f"{source.name}-{recipe.supervision}",
@@ -187,6 +188,15 @@ def _claim(folder: Path, resume: bool) -> None:
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def _class_counts(dataset: TrainingSet) -> list[int]:
+    """Labelled pixels per class over the training images, of the kinds that are trained from."""
+    counts = np.zeros(256, dtype=np.int64)
+    for name in dataset.names:
+        for kind in dataset.kinds_of(name):
+            counts += np.bincount(dataset.source.load_labels(name, kind).ravel(), minlength=256)
+    return counts[: len(dataset.source.classes)].tolist()
 
 
 def _validation_names(source: DataSource, recipe: Recipe) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 # About the mean of ImageNet, so that padding is near 0 after normalisation.
 _FILL = (124, 116, 104)
-_CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES = 512 * 2**20  # in each loading process
 _WINDOW_TRIES = 4
 
 Strength = Annotated[float, Field(ge=0, lt=1)]
@@ -215,12 +215,16 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
                 self._cached += item.nbytes
         return item
 
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """The kinds of label maps that an image contributes, densest first."""
+        kinds = self.source.kinds(name) & self._asked
+        if self._auto and "masks" in kinds:
+            return ("masks",)
+        return tuple(kind for kind in PIXEL_KINDS if kind in kinds)
+
     def _load(self, name: str) -> _Item:
         image = self.source.load_image(name)
-        kinds = self.source.kinds(name) & self._asked & set(PIXEL_KINDS)
-        if self._auto and "masks" in kinds:
-            kinds = frozenset({"masks"})
-        labels = {kind: self.source.load_labels(name, kind) for kind in PIXEL_KINDS if kind in kinds}
+        labels = {kind: self.source.load_labels(name, kind) for kind in self.kinds_of(name)}
         for kind, layer in labels.items():
             if layer.shape != image.shape[:2]:
                 raise DataError(
