@@ -118,6 +118,9 @@ def test_simulated_source_adds_what_is_missing_and_keeps_what_is_real(folder_set
     assert "scribbles" in source.kinds("b")
     assert "scribbles" not in source.kinds("c")
     made = source.load_labels("b", "scribbles")
+    kept_copy, made_again = made.copy(), source.load_labels("b", "scribbles")
+    made_again[:] = 0
+    assert np.array_equal(source.load_labels("b", "scribbles"), kept_copy), "the kept labels are nobody's to change"
     again = SimulatedSource(open_dataset(folder_set), "scribbles", seed=0).load_labels("b", "scribbles")
     other = SimulatedSource(open_dataset(folder_set), "scribbles", seed=1).load_labels("b", "scribbles")
     assert np.array_equal(made, again)

@@ -17,8 +17,8 @@ from wsss_deploy.errors import UsageError
 class SimulatedSource:
     """`source`, where every image with a mask and without labels of `kind` gets simulated ones.
 
-    The labels of an image depend on the seed, its name and its mask only. Nothing is written to disk; training keeps
-    what it has loaded.
+    The labels of an image depend on the seed, its name and its mask only. Nothing is written to disk; what was
+    made is kept in memory, compressed.
 
     Args:
         source: A data set.
@@ -36,6 +36,7 @@ class SimulatedSource:
             raise UsageError(f"cannot simulate {kind}; expected scribbles, points or tags")
         self._source, self._kind, self._seed = source, kind, seed
         self._length, self._width = length, width
+        self._made: dict[str, tuple[bytes, tuple[int, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -74,6 +75,14 @@ class SimulatedSource:
         """Labels uint8 (H, W): real ones where they are, else simulated."""
         if not self._is_simulated(name, kind):
             return self._source.load_labels(name, kind)
+        # Drawing takes some ten times as long as reading, and sparse maps shrink to about a kilobyte.
+        if name not in self._made:
+            labels = self._simulate(name, kind)
+            self._made[name] = (zlib.compress(labels.tobytes(), 1), (labels.shape[0], labels.shape[1]))
+        packed, shape = self._made[name]
+        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape).copy()
+
+    def _simulate(self, name: str, kind: str) -> NDArray[np.uint8]:
         mask = self._source.load_labels(name, "masks")
         # crc32, since Python's own hash of a text differs from process to process.
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
