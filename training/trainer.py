@@ -142,14 +142,16 @@ class Trainer:
             KeyboardInterrupt: After SIGINT or SIGTERM; a checkpoint of the last full iteration has been written.
         """
         settings = self.recipe.optimisation
-        if resume:
-            self._load()
+        generators = self._load() if resume else None
         sampler = PositionSampler(len(self._dataset), self.recipe.seed, self._iteration * settings.batch_size)
         loader = make_loader(self._dataset, settings.batch_size, sampler, self._workers())
         seconds = 0.0
         saved = time.monotonic()
         with RunReport(self.folder, settings.iterations, self._iteration, show) as report, _stop_signals() as stopped:
             batches = iter(loader)
+            if generators is not None:
+                # After the loader's start, which draws a number of its own.
+                set_random_state(generators)
             while self._iteration < settings.iterations:
                 started = time.perf_counter()
                 self._step(next(batches), report)
@@ -232,7 +234,7 @@ class Trainer:
         }
         save_checkpoint(self.folder / CHECKPOINT, self.recipe, state)
 
-    def _load(self) -> None:
+    def _load(self) -> dict[str, Any]:
         state = load_checkpoint(self.folder / CHECKPOINT, self.recipe)
         self._module.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -242,8 +244,8 @@ class Trainer:
         if state["best"] is not None:
             self._best = Best(**state["best"] | {"result": EvaluationResult(**state["best"]["result"])})
         self._iteration = int(state["iteration"])
-        set_random_state(state["random"])
         _log.info("resumed after iteration %d", self._iteration)
+        return dict(state["random"])
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
