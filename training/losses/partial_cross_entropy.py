@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import UsageError
 
+# With fewer labels than one pixel in this many, raising the logits at the labels alone is the cheaper way.
+_SPARSE = 8
+
 
 def partial_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood of the labelled pixels: sum(w_y * nll) / sum(w_y).
@@ -37,19 +40,55 @@ def partial_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor 
     if class_weights is not None and class_weights.shape != logits.shape[1:2]:
         raise UsageError(f"{tuple(class_weights.shape)} class weights for {logits.shape[1]} classes; expected one each")
     with torch.autocast(logits.device.type, enabled=False):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        full = logits.to(dtype)
-        if full.shape[-2:] != labels.shape[-2:]:
-            full = F.interpolate(full, size=tuple(labels.shape[-2:]), mode="bilinear", align_corners=False)
-        weights = None if class_weights is None else class_weights.to(full)
-        total = F.cross_entropy(full, labels, weights, ignore_index=IGNORE_INDEX, reduction="sum")
-        labelled = labels != IGNORE_INDEX
-        if weights is None:
-            count = labelled.sum().to(dtype)
-        else:
-            count = (weights[labels.clamp(max=len(weights) - 1)] * labelled).sum()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores, targets = _scores_at_labels(logits, labels)
+        weights = None if class_weights is None else class_weights.to(logits)
+        total = F.cross_entropy(scores, targets, weights, ignore_index=IGNORE_INDEX, reduction="sum")
+        counted = (targets != IGNORE_INDEX).to(logits.dtype)
+        if weights is not None:
+            counted = counted * weights[targets.clamp(max=len(weights) - 1)]
+        norm = counted.sum()
         # The sum of nothing is 0 already; dividing it by 1 keeps it joined to the logits without a branch.
-        return total / torch.where(count > 0, count, torch.ones_like(count))
+        return total / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def _scores_at_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits where they are needed, (N, C, H, W) or (M, C), with the labels that belong to them."""
+    if logits.shape[-2:] == labels.shape[-2:]:
+        return logits, labels
+    labelled = (labels != IGNORE_INDEX).nonzero()
+    if len(labelled) * _SPARSE < labels.numel():
+        return _bilinear_at(logits, labelled, labels.shape), labels[tuple(labelled.T)]
+    return F.interpolate(logits, size=tuple(labels.shape[-2:]), mode="bilinear", align_corners=False), labels
+
+
+def _bilinear_at(logits: Tensor, where: Tensor, shape: Sequence[int]) -> Tensor:
+    """What F.interpolate(align_corners=False) gives at a few places, without the rest of the map.
+
+    Args:
+        logits: (N, C, h, w).
+        where: int64 (M, 3), sample, row and column in the larger map.
+        shape: (N, H, W) of the larger map.
+
+    Returns:
+        (M, C).
+    """
+    height, width = logits.shape[-2:]
+    pixels = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+
+    def neighbours(index: Tensor, small: int, large: int) -> tuple[Tensor, Tensor, Tensor]:
+        position = ((index.to(logits.dtype) + 0.5) * (small / large) - 0.5).clamp(min=0)
+        low = position.long()
+        return low, (low + 1).clamp(max=small - 1), (position - low).unsqueeze(1)
+
+    first = where[:, 0] * height
+    top, bottom, down = neighbours(where[:, 1], height, shape[1])
+    left, right, along = neighbours(where[:, 2], width, shape[2])
+    rows = [
+        torch.lerp(pixels[(first + y) * width + left], pixels[(first + y) * width + right], along)
+        for y in (top, bottom)
+    ]
+    return torch.lerp(rows[0], rows[1], down)
 
 
 class PartialCrossEntropyLoss(nn.Module):
