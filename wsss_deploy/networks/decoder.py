@@ -35,20 +35,20 @@ class LightDecoder(nn.Module):
         super().__init__()
         self.finest = min(range(len(reductions)), key=lambda level: reductions[level])
         steps = max(0, math.ceil(math.log2(reductions[self.finest] / OUTPUT_STRIDE)))
-        half, quarter = width // 2, max(width // 4, 4)
+        half = width // 2
         self.project = nn.ModuleList(
             nn.Sequential(LayerNorm2d(count), nn.Conv2d(count, width, 1)) for count in channels
         )
         self.fuse = MixBlock(width)
         self.rise = nn.ModuleList(MixBlock(width) for _ in range(steps - 1))
+        # Fixed widths and no norm behind the first layer: over a few channels it would leave little but signs.
         self.detail = nn.Sequential(
-            nn.Conv2d(3, quarter // 2, 3, stride=2, padding=1),
-            LayerNorm2d(quarter // 2),
+            nn.Conv2d(3, 16, 3, stride=2, padding=1),
             nn.GELU(),
-            nn.Conv2d(quarter // 2, quarter, 3, stride=2, padding=1),
-            LayerNorm2d(quarter),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            LayerNorm2d(32),
             nn.GELU(),
-            nn.Conv2d(quarter, half, 1),
+            nn.Conv2d(32, half, 1),
         )
         self.narrow = nn.Conv2d(width, half, 1)
         self.mix = MixBlock(half)
