@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
-
-from rich.console import Console
-from rich.table import Table
 
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.image_files import find_images
@@ -47,19 +45,18 @@ def _export(arguments: argparse.Namespace) -> None:
 
     path = export_onnx(arguments.model, out, opset=arguments.opset, images=images)
     report = json.loads((path.parent / REPORT).read_text())
-    table = Table.grid(padding=(0, 2))
-    table.add_row("file", str(path))
-    table.add_row("size", f"{path.stat().st_size / 1e6:.1f} MB, opset {arguments.opset}")
-    table.add_row(
-        "probabilities", f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"
-    )
-    table.add_row("class ids", f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches")
-    table.add_row(
-        "final masks", f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images"
-    )
-    table.add_row("ran on", ", ".join(report["providers"]))
-    table.add_row("next", f"wsss-predict IMAGE --model {path} --out predictions")
-    Console(soft_wrap=True, highlight=False).print(table)
+    differences = f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"
+    rows = {
+        "file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB, opset {arguments.opset}",
+        "probabilities": differences,
+        "class ids": f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches",
+        "final masks": f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images",
+        "ran on": ", ".join(report["providers"]),
+        "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
+    }
+    for name, value in rows.items():
+        print(f"{name:<15}{value}")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,12 @@ def export_onnx(
     source, folder = Path(model), Path(out)
     card, state_dict = load_model(source)
     _log.info("Exporting %s (%s) at opset %d", source.name, card.architecture.encoder, opset)
-    proto = build_graph(card, state_dict, opset, source.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Before the slow part, so that a folder that cannot be written is told at once.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
             candidate = Path(scratch) / MODEL
-            onnx.save(proto, candidate)
-            del proto
+            onnx.save(build_graph(card, state_dict, opset, source.name), candidate)
             _log.info("Checking it against torch")
             report = check_parity(source, candidate, images)
             if not report.passed:
@@ -104,6 +103,11 @@ def build_graph(card: ModelCard, state_dict: Mapping[str, torch.Tensor], opset: 
     if size > _MOST_BYTES:
         raise ExportError(
             f"{source}: its tensors take {size / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller encoder"
+        )
+    if "swin" in card.architecture.encoder:
+        raise ExportError(
+            f"{source}: encoder '{card.architecture.encoder}' picks its windows by the image's size, which one "
+            "graph for all sizes cannot do; run model.pt in torch, or train with a ViT, PVTv2, TinyViT or ConvNeXt"
         )
     network = restore_network(card, state_dict, source)
     proto = _trace(DeployedNetwork(network, card.preprocessing).eval(), card, opset, source)

@@ -201,6 +201,8 @@ class _Session:
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # a failure is told once, by the error
+        # torch computes in turn with it here; threads that spin while they wait would only slow that down.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exception classes share no base but Exception
@@ -230,7 +232,7 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
     for name, image in real:
         height, width = network_size(image.shape[0], image.shape[1], card)
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        yield name, np.asarray(resized)[None]
+        yield name, np.array(resized)[None]
 
 
 def _compare(
