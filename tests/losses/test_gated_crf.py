@@ -117,6 +117,14 @@ def test_one_way_holds_the_neighbour_constant(matrix):
     torch.testing.assert_close(loss, two_way, rtol=1e-12, atol=0)
 
 
+def test_a_whole_number_matrix_is_potts():
+    probabilities, modalities = sample()
+    matrix = 1 - torch.eye(4, dtype=torch.int64)
+    found = gated_crf_loss(probabilities, TWO_KERNELS, modalities, 2, compatibility=matrix)
+    expected = gated_crf_loss(probabilities, TWO_KERNELS, modalities, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_function_equals_module():
     probabilities, modalities = sample()
     gates = masks()

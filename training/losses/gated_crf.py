@@ -216,7 +216,8 @@ def _features(kernel: Kernel, modalities: Mapping[str, Tensor]) -> Tensor | None
 
 
 def _rescaled(matrix: Tensor) -> Tensor:
-    """Rows with sum C - 1, as Potts has; a row of zeros stays. In the matrix's own precision, as the release does."""
+    """Rows with sum C - 1, as Potts has, in the matrix's own precision, as in the release; a row of zeros stays."""
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return F.normalize(matrix, p=1, dim=1) * (len(matrix) - 1)
 
 

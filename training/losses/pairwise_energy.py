@@ -155,8 +155,8 @@ def _neighbour_sums(
     grads = [torch.zeros_like(f) if f is not None and want else None for f, want in zip(scaled, wanted, strict=True)]
     left_rows = row(left) if any(wanted) else None
     gate_rows = None if gates is None else (row(gates[0]), row(gates[1]))
-    right_rows = row(right)
     ones = row(torch.ones_like(right[:, :1]))
+    right_rows = row(right)
     sums = torch.zeros_like(right_rows)
     for dy, dx, shift in _half_window(height, width, plan.radius, width + reach):
         here, there = slice(None, -shift), slice(shift, None)
