@@ -41,8 +41,8 @@ class ModelSettings(_Strict):
 
     encoder: str = "vit_tiny_patch16_224"
     encoder_options: dict[str, Any] = Field(default_factory=dict)
-    decoder: str = "light"
-    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 128
+    decoder: str = "mlp"
+    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 256
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weights: str = "timm"
 
@@ -64,8 +64,8 @@ class Optimisation(_Strict):
 
     iterations: Annotated[int, Field(ge=1)] = 500
     batch_size: Annotated[int, Field(ge=1)] = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    decoder_factor: Annotated[float, Field(gt=0)] = 5.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    decoder_factor: Annotated[float, Field(gt=0)] = 10.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup: Fraction = 0.1
     power: Annotated[float, Field(gt=0)] = 1.0
@@ -109,8 +109,9 @@ class Recipe(_Strict):
         evaluation: Validation during training.
         simulation: Used only where labels have to be simulated.
         train_split: Name of the split to train on.
-        inference_long_side: Longer side, in pixels, at which the trained model is meant to run; None takes
-            `augmentation.size`; 0 runs at each image's own size.
+        inference_long_side: Longer side, in pixels, at which the trained model is meant to run; 0 runs at each
+            image's own size. None takes the largest at which it was trained, `augmentation.size` times the largest
+            scale: more pixels cost nothing in training and sharpen every border.
         seed: Seed of everything random.
         precision: "auto" is bf16 on a GPU or CPU that computes it natively and fp32 elsewhere; losses and norms
             run in fp32 either way.

@@ -145,7 +145,9 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     counts = _class_counts(dataset) if recipe.method.class_weights == "counts" else None
     method = build_method(recipe.method, len(source.classes), preprocessing, counts)
-    long_side = recipe.augmentation.size if recipe.inference_long_side is None else recipe.inference_long_side
+    long_side = recipe.inference_long_side
+    if long_side is None:
+        long_side = round(recipe.augmentation.size * recipe.augmentation.scale[1])
     card = ModelCard(
         name=f"{source.name}-{recipe.supervision}",
         classes=source.classes,

@@ -48,7 +48,7 @@ def squares(tmp_path_factory) -> Path:
 def small() -> dict:
     """Recipe values of a run that takes a second or two."""
     return {
-        "model": {"encoder": "test_vit", "weights": "none", "decoder_width": 16},
+        "model": {"encoder": "test_vit", "weights": "none", "decoder_width": 32},
         "augmentation": {"size": 48},
         "optimisation": {"iterations": 6, "batch_size": 2, "learning_rate": 1e-3},
         "evaluation": {"every": 3},

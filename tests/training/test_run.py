@@ -45,7 +45,7 @@ def test_a_run_leaves_a_model_and_its_record(squares, tmp_path, small, supervisi
     assert card.protocol.supervision == (supervision,)
     assert card.protocol.selection == "best-val-miou"
     assert not card.protocol.simulated
-    assert card.sizing.long_side == 48
+    assert card.sizing.long_side == 72
     assert all(tensor.device.type == "cpu" for tensor in state.values())
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["evaluation"]["miou"] == pytest.approx(card.protocol.metrics["val_miou"])
@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(squares, tmp_path, sma
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_from_its_checkpoint(squares, tmp_path, small):
-    values = small | {"optimisation": {"iterations": 400, "batch_size": 2}, "checkpoint_every": 0.1}
+    values = small | {"optimisation": {"iterations": 120, "batch_size": 2}, "checkpoint_every": 0.1}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     out = tmp_path / "run"

@@ -72,7 +72,7 @@ class Augmentation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: Annotated[int, Field(ge=32, le=4096)] = 256
-    scale: tuple[Annotated[float, Field(gt=0, le=16)], Annotated[float, Field(gt=0, le=16)]] = (0.5, 2.0)
+    scale: tuple[Annotated[float, Field(gt=0, le=16)], Annotated[float, Field(gt=0, le=16)]] = (0.75, 1.5)
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     photometric: Photometric | None = Photometric()
     point_radius: Annotated[int, Field(ge=0, le=64)] = 3

@@ -41,15 +41,7 @@ class LightDecoder(nn.Module):
         )
         self.fuse = MixBlock(width)
         self.rise = nn.ModuleList(MixBlock(width) for _ in range(steps - 1))
-        # Fixed widths and no norm behind the first layer: over a few channels it would leave little but signs.
-        self.detail = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            LayerNorm2d(32),
-            nn.GELU(),
-            nn.Conv2d(32, half, 1),
-        )
+        self.detail = _image_branch(half)
         self.narrow = nn.Conv2d(width, half, 1)
         self.mix = MixBlock(half)
         self.classify = nn.Sequential(LayerNorm2d(half), nn.Conv2d(half, num_classes, 1))
@@ -64,18 +56,61 @@ class LightDecoder(nn.Module):
         Returns:
             Logits (N, num_classes, H / 4, W / 4).
         """
-        size = features[self.finest].shape[-2:]
-        projected = [layer(level) for layer, level in zip(self.project, features, strict=True)]
-        x = projected[self.finest]
-        for index, level in enumerate(projected):
-            if index != self.finest:
-                x = x + (level if level.shape[-2:] == size else _resize(level, size))
-        x = self.fuse(x)
+        x = self.fuse(_sum_of_levels(self.project, features, self.finest))
         for block in self.rise:
             x = block(_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))
         detail = self.detail(image)
         x = _resize(self.narrow(x), detail.shape[-2:]) + detail
         logits: Tensor = self.classify(self.mix(x))
+        return logits
+
+
+class MLPDecoder(nn.Module):
+    """A per-pixel MLP over all levels, and a fine correction at stride 4 that starts at zero.
+
+    The MLP is SegFormer's head (arXiv 2105.15203, section 3.2): projections of all levels, summed at the finest one,
+    a nonlinearity, class logits. With a pretrained encoder and few iterations it beats decoders that must learn to
+    raise features first (docs/results.md). What patches have averaged away comes back through the correction, which
+    sees the image at stride 4; it begins as nothing, so it can only be learned where it helps.
+
+    Args:
+        channels: Channels of each encoder map.
+        reductions: Stride of each encoder map, in image pixels.
+        width: Hidden channels of the MLP; the correction has a quarter of them, at least 16.
+        num_classes: Channels of the logits.
+    """
+
+    def __init__(self, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int) -> None:
+        super().__init__()
+        self.finest = min(range(len(reductions)), key=lambda level: reductions[level])
+        fine = max(16, width // 4)
+        self.project = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(count), nn.Conv2d(count, width, 1)) for count in channels
+        )
+        self.detail = _image_branch(fine)
+        self.narrow = nn.Conv2d(width, fine, 1)
+        self.mix = nn.Sequential(MixBlock(fine), LayerNorm2d(fine))
+        self.classify = nn.ModuleDict(
+            {"coarse": nn.Conv2d(width, num_classes, 1), "fine": nn.Conv2d(fine, num_classes, 1)}
+        )
+        nn.init.zeros_(self.classify["fine"].weight)
+        nn.init.zeros_(self.classify["fine"].bias)
+
+    def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Class logits.
+
+        Args:
+            image: Normalised image (N, 3, H, W); H and W multiples of the network's stride.
+            features: Encoder maps (N, c, h, w), in the order of `channels`.
+
+        Returns:
+            Logits (N, num_classes, H / 4, W / 4).
+        """
+        hidden = F.gelu(_sum_of_levels(self.project, features, self.finest))
+        detail = self.detail(image)
+        size = detail.shape[-2:]
+        fine = self.mix(_resize(self.narrow(hidden), size) + detail)
+        logits: Tensor = _resize(self.classify["coarse"](hidden), size) + self.classify["fine"](fine)
         return logits
 
 
@@ -101,12 +136,12 @@ class MixBlock(nn.Module):
         return mixed
 
 
-DECODERS: dict[str, type[LightDecoder]] = {"light": LightDecoder}
+DECODERS: dict[str, type[LightDecoder] | type[MLPDecoder]] = {"mlp": MLPDecoder, "light": LightDecoder}
 
 
 def build_decoder(
     name: str, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int
-) -> LightDecoder:
+) -> LightDecoder | MLPDecoder:
     """The decoder of that name.
 
     Args:
@@ -122,6 +157,30 @@ def build_decoder(
     if name not in DECODERS:
         raise RecipeError([f"decoder '{name}' is not known; choose one of: {', '.join(DECODERS)}"])
     return DECODERS[name](channels, reductions, width, num_classes)
+
+
+def _image_branch(width: int) -> nn.Sequential:
+    """Normalised image (N, 3, H, W) to (N, width, H / 4, W / 4)."""
+    # Fixed widths and no norm behind the first layer: over a few channels it would leave little but signs.
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        LayerNorm2d(32),
+        nn.GELU(),
+        nn.Conv2d(32, width, 1),
+    )
+
+
+def _sum_of_levels(project: nn.ModuleList, features: Sequence[Tensor], finest: int) -> Tensor:
+    """Projected levels, brought to the finest one's size and added: (N, width, h, w)."""
+    size = features[finest].shape[-2:]
+    total: Tensor = project[finest](features[finest])
+    for index, level in enumerate(features):
+        if index != finest:
+            projected = project[index](level)
+            total = total + (projected if projected.shape[-2:] == size else _resize(projected, size))
+    return total
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -90,7 +90,7 @@ def build_network(
     ours = None
     if str(weights) != "none":
         state = read_weights(weights, encoder)
-        if "decoder.classify.1.weight" in state:
+        if any(name.startswith("decoder.") for name in state):
             ours = state
         else:
             load_encoder_weights(encoder, state, str(weights))

@@ -94,7 +94,7 @@ def load_network_weights(network: nn.Module, state: Mapping[str, Tensor], source
         TrainingError: Another architecture.
     """
     own = network.state_dict()
-    last = {name for name in own if name.startswith("decoder.classify.1.")}
+    last = {name for name in own if name.startswith("decoder.classify.")}
     fits = {name for name in own if name in state and state[name].shape == own[name].shape}
     wrong = [name for name in own if name not in fits and name not in last]
     wrong += sorted(state.keys() - own.keys())
