@@ -12,7 +12,7 @@ from torch import nn
 from wsss_deploy.card import Architecture
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import DeployedNetwork, build_network, encoder_preprocessing
-from wsss_deploy.networks.decoder import LightDecoder
+from wsss_deploy.networks.decoder import DECODERS, LightDecoder, MLPDecoder
 
 
 def test_plain_vit_levels_are_the_quarters_of_the_depth(make_network):
@@ -51,9 +51,12 @@ def test_normalisation_and_padding_are_the_cards(make_network):
     np.testing.assert_allclose(recorder.image.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
 
 
-def test_decoder_does_not_depend_on_the_position_or_the_rest_of_the_batch():
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_does_not_depend_on_the_position_or_the_rest_of_the_batch(name):
     torch.manual_seed(0)
-    decoder = LightDecoder((8, 8), (16, 16), 16, 4).train()  # a BatchNorm would show here
+    decoder = DECODERS[name]((8, 8), (16, 16), 16, 4).train()  # a BatchNorm would show here
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)  # what starts at zero would hide a dependence
     image, maps = torch.randn(2, 3, 128, 128), [torch.randn(2, 8, 8, 8) for _ in range(2)]
     whole = decoder(image, maps)
     torch.testing.assert_close(decoder(image[1:], [level[1:] for level in maps]), whole[1:])
@@ -71,6 +74,20 @@ def test_detail_branch_sees_what_the_maps_do_not():
     change = (decoder(edge, maps) - decoder(image, maps)).abs().amax(dim=1)[0]
     assert change[:, 5:].max() > 1e-3
     assert change[:, 0].max() < 1e-6  # and only nearby
+
+
+def test_the_mlp_decoders_correction_starts_at_nothing_and_learns():
+    torch.manual_seed(0)
+    decoder = MLPDecoder((8, 12), (8, 16), 16, 4)
+    image, maps = torch.randn(1, 3, 32, 32), [torch.randn(1, 8, 4, 4), torch.randn(1, 12, 2, 2)]
+    logits = decoder(image, maps)
+    assert logits.shape == (1, 4, 8, 8)
+    torch.testing.assert_close(logits, decoder(torch.randn(1, 3, 32, 32), maps))
+    logits.square().sum().backward()
+    assert decoder.classify["fine"].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        decoder.classify["fine"].weight.normal_()
+    assert not torch.allclose(decoder(image, maps), decoder(-image, maps))
 
 
 def test_decoder_is_cheap_beside_the_smallest_vit(make_network):
@@ -91,7 +108,7 @@ def test_decoder_is_cheap_beside_the_smallest_vit(make_network):
 def test_unknown_names_and_options_are_told_with_the_nearest():
     with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_22' is no model of timm .*vit_tiny_patch16_224"):
         build_network(Architecture(encoder="vit_tiny_patch16_22"), 3)
-    with pytest.raises(RecipeError, match=r"'heavy' is not known; choose one of: light"):
+    with pytest.raises(RecipeError, match=r"'heavy' is not known; choose one of: mlp, light"):
         build_network(Architecture(encoder="test_vit", decoder="heavy"), 3)
     with pytest.raises(RecipeError, match=r"does not take.*colour.*correct encoder_options"):
         build_network(Architecture(encoder="test_vit", encoder_options={"colour": 1}), 3)
