@@ -1,0 +1,69 @@
+"""Small models of several families, exported once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.onnx_graph import export_onnx
+from wsss_deploy.artifact import save_model
+from wsss_deploy.card import Architecture, ModelCard, Sizing, default_palette
+from wsss_deploy.networks import build_network, encoder_preprocessing
+
+# One block a stage: the tracer's time goes by the number of operations, not by the width.
+OPTIONS = {"pvt_v2_b0": {"depths": (1, 1, 1, 1)}, "convnext_atto": {"depths": (1, 1, 1, 1)}}
+
+
+def write_model(path: Path, encoder: str) -> Path:
+    """A `model.pt` with random weights and scores that differ clearly between classes."""
+    torch.manual_seed(0)
+    options = OPTIONS.get(encoder, {})
+    architecture = Architecture(encoder=encoder, decoder_width=16, encoder_options=options)
+    network = build_network(architecture, 5)
+    with torch.no_grad():
+        network.decoder.classify[1].weight *= 20
+    card = ModelCard(
+        name=encoder,
+        classes=("background", "sky", "road", "tree", "car"),
+        palette=default_palette(5),
+        architecture=architecture,
+        preprocessing=encoder_preprocessing(encoder, options),
+        sizing=Sizing(long_side=96),
+    )
+    save_model(path, card, network.state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def write():
+    return write_model
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """One run of the command as a user starts it, in the model's folder."""
+    folder = tmp_path_factory.mktemp("test_vit_20")
+    write_model(folder / "model.pt", "test_vit")
+    line = [sys.executable, "-m", "export.cli", str(folder / "model.pt")]
+    return folder, subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, command):
+    """Call with an encoder and an opset; gives the folder with model.pt, model.onnx and parity.json."""
+    folder, done = command
+    assert done.returncode == 0, done.stderr
+    ready: dict[tuple[str, int], Path] = {("test_vit", 20): folder}
+
+    def get(encoder: str = "test_vit", opset: int = 20) -> Path:
+        if (encoder, opset) not in ready:
+            folder = tmp_path_factory.mktemp(f"{encoder}_{opset}")
+            export_onnx(write_model(folder / "model.pt", encoder), folder, opset=opset)
+            ready[encoder, opset] = folder
+        return ready[encoder, opset]
+
+    return get
