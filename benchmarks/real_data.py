@@ -32,9 +32,12 @@ class Setting:
     extra: tuple[str, ...] = ()
 
 
+# The regularised method weighs classes by their points; its comparison has to do so, too.
+WEIGHTED = ("--set", "method.class_weights=counts")
+
 SETTINGS = (
     Setting("voc-masks", "voc_animals", "masks", "supervised"),
-    Setting("voc-points-partial", "voc_animals", "points", "partial_ce"),
+    Setting("voc-points-partial", "voc_animals", "points", "partial_ce", extra=WEIGHTED),
     Setting("voc-points-gated", "voc_animals", "points", "gated_crf"),
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),

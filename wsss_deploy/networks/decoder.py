@@ -90,11 +90,10 @@ class MLPDecoder(nn.Module):
         self.detail = _image_branch(fine)
         self.narrow = nn.Conv2d(width, fine, 1)
         self.mix = nn.Sequential(MixBlock(fine), LayerNorm2d(fine))
-        self.classify = nn.ModuleDict(
-            {"coarse": nn.Conv2d(width, num_classes, 1), "fine": nn.Conv2d(fine, num_classes, 1)}
-        )
-        nn.init.zeros_(self.classify["fine"].weight)
-        nn.init.zeros_(self.classify["fine"].bias)
+        correction = nn.Conv2d(fine, num_classes, 1)
+        for parameter in correction.parameters():
+            nn.init.zeros_(parameter)
+        self.classify = nn.ModuleDict({"coarse": nn.Conv2d(width, num_classes, 1), "fine": correction})
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Class logits.
