@@ -11,7 +11,7 @@ from wsss_deploy.pairwise import GaussianTerm, MeanField, PairwiseParameters, fo
 TERMS = (GaussianTerm(weight=0.9, sigma_xy=6.0, sigma_rgb=0.1), GaussianTerm(weight=0.2, sigma_features=0.5))
 CASES = {
     "par": PairwiseParameters(dilations=(1, 2, 4), iterations=3),
-    "par-official": PairwiseParameters(),
+    "par-official": PairwiseParameters(iterations=2),
     "varm": PairwiseParameters(kind="varm", dilations=(1, 3), iterations=3, normalise=True),
     "gaussian": PairwiseParameters(kind="gaussian", radius=2, terms=TERMS, iterations=2),
     "gaussian-normalised": PairwiseParameters(
@@ -26,6 +26,11 @@ CASES = {
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture
+def cases():
+    return CASES
 
 
 @pytest.fixture

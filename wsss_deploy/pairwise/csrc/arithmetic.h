@@ -8,7 +8,11 @@
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define WSSS_INLINE __host__ __device__ __forceinline__
 #else
+#include <cmath>
+#include <cstring>
 #define WSSS_INLINE inline __attribute__((always_inline))
+using std::memcpy;  // NVRTC knows both by these names without any header
+using std::sqrt;
 #endif
 
 namespace wsss {
@@ -22,7 +26,7 @@ struct Number<float> {
   using Scalar = float;
   using Word = unsigned int;
   using Bits = unsigned int;
-  static WSSS_INLINE float root(float v) { return __builtin_sqrtf(v); }
+  static WSSS_INLINE float root(float v) { return sqrt(v); }
 };
 
 template <>
@@ -30,14 +34,14 @@ struct Number<double> {
   using Scalar = double;
   using Word = unsigned long long;
   using Bits = unsigned long long;
-  static WSSS_INLINE double root(double v) { return __builtin_sqrt(v); }
+  static WSSS_INLINE double root(double v) { return sqrt(v); }
 };
 
 template <class To, class From>
 WSSS_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
   To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
+  memcpy(&to, &from, sizeof(To));
   return to;
 }
 
