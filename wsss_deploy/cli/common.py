@@ -43,12 +43,10 @@ def run_command(
         argv: Arguments without the program's name; None takes them from the process.
     """
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.DEBUG if arguments.debug else logging.INFO, format="%(message)s")
-    if not arguments.debug:
-        # Third-party chatter is not for the user of a command; our own messages are.
-        logging.getLogger().setLevel(logging.WARNING)
-        for name in ("wsss_deploy", "training", "export", "demo"):
-            logging.getLogger(name).setLevel(logging.INFO)
+    # Third-party chatter is not for the user of a command; our own messages are.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("wsss_deploy", "training", "export", "demo"):
+        logging.getLogger(name).setLevel(logging.DEBUG if arguments.debug else logging.INFO)
     try:
         status = command(arguments)
     except WsssError as error:

@@ -1,0 +1,223 @@
+"""`model.pt` to one ONNX graph: bytes of an image in, probabilities and class ids out, any batch, height and width."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import timm
+import torch
+from torch.export import Dim
+
+from export.parity import REPORT, REPORT_FAILED, check_parity
+from wsss_deploy import __version__
+from wsss_deploy.artifact import CARD_KEY, load_model
+from wsss_deploy.card import ModelCard
+from wsss_deploy.errors import ExportError, ParityError
+from wsss_deploy.files import atomic_write
+from wsss_deploy.networks import DeployedNetwork, restore_network
+
+OPSETS = range(18, 24)
+MODEL = "model.onnx"
+# A protobuf message, which an ONNX file is, holds less than 2 GiB; some of that is for the graph itself.
+_MOST_BYTES = 2**31 - 2**26
+_LOUD = ("torch", "onnx", "onnxscript", "onnx_ir")
+
+_log = logging.getLogger(__name__)
+
+
+def export_onnx(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, opset: int = 20, images: Sequence[Path] = ()
+) -> Path:
+    """Export a `model.pt` and prove that the result agrees with torch.
+
+    The file is written into a hidden folder inside `out` and takes its name only after it has passed; `parity.json`
+    beside it names its digest. When anything fails, an older `model.onnx` there stays as it was, together with its
+    own report; the report of the failure is `parity_failed.json`.
+
+    Args:
+        model: The `model.pt`.
+        out: Folder for `model.onnx` and `parity.json`; made if absent.
+        opset: ONNX opset, one of `OPSETS`.
+        images: Real images for the parity check; it always runs on procedural ones, too.
+
+    Returns:
+        The path of `model.onnx`.
+
+    Raises:
+        ArtifactError: The model file cannot be used.
+        ExportError: torch cannot export the network, or the folder cannot be written.
+        ParityError: The exported graph gives other results than torch.
+    """
+    source, folder = Path(model), Path(out)
+    card, state_dict = load_model(source)
+    _log.info("Exporting %s (%s) at opset %d", source.name, card.architecture.encoder, opset)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Before the slow part, so that a folder that cannot be written is told at once.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+            candidate = Path(scratch) / MODEL
+            onnx.save(build_graph(card, state_dict, opset, source.name), candidate)
+            _log.info("Checking it against torch")
+            report = check_parity(source, candidate, images)
+            if not report.passed:
+                with atomic_write(folder / REPORT_FAILED) as file:
+                    file.write(report.to_json().encode())
+                raise ParityError(
+                    f"{source}: the exported graph gives other results than torch: {_some(report.problems)}; nothing "
+                    f"was exported, the figures are in {folder / REPORT_FAILED}; try another --opset"
+                )
+            # The report first: it names the digest of its model, so that a kill in between cannot deceive.
+            with atomic_write(folder / REPORT) as file:
+                file.write(report.to_json().encode())
+            os.replace(candidate, folder / MODEL)
+            (folder / REPORT_FAILED).unlink(missing_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose a writable --out with free space"
+        ) from error
+    return folder / MODEL
+
+
+def build_graph(card: ModelCard, state_dict: Mapping[str, torch.Tensor], opset: int, source: str) -> onnx.ModelProto:
+    """The ONNX model of a card and its tensors, checked by ONNX's own checker and free of traces of this machine.
+
+    Args:
+        card: The model's card; a copy with digests and versions travels in the metadata.
+        state_dict: The network's tensors.
+        opset: ONNX opset.
+        source: Name of the file, for errors.
+
+    Raises:
+        ArtifactError: The tensors do not fit the card.
+        ExportError: torch cannot export the network, or the result is too large for one file.
+    """
+    size = sum(tensor.nbytes for tensor in state_dict.values())
+    if size > _MOST_BYTES:
+        raise ExportError(
+            f"{source}: its tensors take {size / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller encoder"
+        )
+    if "swin" in card.architecture.encoder:
+        raise ExportError(
+            f"{source}: encoder '{card.architecture.encoder}' picks its windows by the image's size, which one "
+            "graph for all sizes cannot do; run model.pt in torch, or train with a ViT, PVTv2, TinyViT or ConvNeXt"
+        )
+    network = restore_network(card, state_dict, source)
+    proto = _trace(DeployedNetwork(network, card.preprocessing).eval(), card, opset, source)
+    _clean(proto, len(card.classes))
+    card = card.model_copy(
+        update={
+            "digests": {**card.digests, "state_dict": state_digest(state_dict)},
+            "versions": {
+                **card.versions,
+                "export": __version__,
+                "export_torch": torch.__version__,
+                "export_timm": timm.__version__,
+                "onnx": onnx.__version__,
+                "onnx_ir": str(proto.ir_version),
+                "onnx_opset": str(opset),
+            },
+        }
+    )
+    onnx.helper.set_model_props(proto, {CARD_KEY: card.to_json()})
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{source}: the exported graph is not valid ONNX ({_first_line(error)}); report this"
+        ) from error
+    return proto
+
+
+def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names.
+
+    Args:
+        state_dict: Tensors by name.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _trace(deployed: DeployedNetwork, card: ModelCard, opset: int, source: str) -> onnx.ModelProto:
+    # Sides that are no multiples of the stride and differ from one another, so that the trace sees nothing special.
+    stride = card.preprocessing.stride
+    example = torch.zeros(2, 2 * stride + 5, 3 * stride + 1, 3, dtype=torch.uint8)
+    anything = {axis: Dim.DYNAMIC for axis in (0, 1, 2)}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                deployed,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes={"image": anything},
+                input_names=["image"],
+                output_names=["scores", "mask"],
+                verbose=False,
+            )
+    except Exception as error:  # the exporter lets errors of many libraries through
+        raise ExportError(
+            f"{source}: torch cannot export encoder '{card.architecture.encoder}' at opset {opset} "
+            f"({type(error).__name__}: {_first_line(error)}); try another --opset, or --debug for the details"
+        ) from error
+    assert program is not None  # it is None only for the exporter before dynamo
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _clean(proto: onnx.ModelProto, num_classes: int) -> None:
+    """Give the dimensions their names and drop what the exporter notes about the code and the machine it ran on."""
+    graph = proto.graph
+    types, shape = onnx.TensorProto, ("batch", "height", "width")
+    inputs = [onnx.helper.make_tensor_value_info("image", types.UINT8, [*shape, 3])]
+    outputs = [
+        onnx.helper.make_tensor_value_info("scores", types.FLOAT, ["batch", num_classes, "height", "width"]),
+        onnx.helper.make_tensor_value_info("mask", types.UINT8, shape),
+    ]
+    for ports, clean in ((graph.input, inputs), (graph.output, outputs)):
+        del ports[:]
+        ports.extend(clean)
+    del graph.value_info[:]
+    for holder in (proto, graph, *graph.node, *graph.initializer, *proto.functions):
+        holder.doc_string = ""
+        del holder.metadata_props[:]
+    graph.name = "wsss_deploy"
+    proto.producer_name, proto.producer_version = "wsss-deploy", __version__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress and warnings, unless debug messages were asked for."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        yield
+        return
+    levels = {name: logging.getLogger(name).level for name in _LOUD}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _some(problems: Sequence[str]) -> str:
+    return "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" if len(problems) > 2 else "")

@@ -1,0 +1,283 @@
+"""Does an exported model give what torch gives? On the graph itself, and through the whole way from file to mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from PIL import Image
+
+from export.patterns import pattern_image
+from wsss_deploy import Segmenter, __version__
+from wsss_deploy.artifact import load_model, read_card
+from wsss_deploy.card import ModelCard
+from wsss_deploy.errors import ParityError
+from wsss_deploy.images import load_image
+from wsss_deploy.networks import DeployedNetwork, restore_network
+from wsss_deploy.sizing import network_size
+
+REPORT = "parity.json"
+REPORT_FAILED = "parity_failed.json"
+MOST_IMAGES = 8
+
+_Images = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What still counts as the same result.
+
+    Attributes:
+        score_max: Largest absolute difference of a probability.
+        score_mean: Mean absolute difference of the probabilities.
+        tie: Where torch's two best classes are closer than this, either may win. Twice `score_max`: whatever
+            differs beyond it cannot come from differences that `score_max` allows.
+        final_agreement: Least share of equal pixels in the final masks.
+    """
+
+    score_max: float = 1e-3
+    score_mean: float = 1e-5
+    tie: float = 2e-3
+    final_agreement: float = 0.999
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch through the graph and through torch.
+
+    Attributes:
+        source: Where the images come from.
+        shape: (N, H, W).
+        score_max: Largest absolute difference of a probability.
+        score_mean: Mean absolute difference.
+        agreement: Share of pixels whose class ids are equal.
+        ties: Pixels that differ where torch's two best classes are closer than the threshold.
+        wrong: Pixels that differ elsewhere; none may.
+    """
+
+    source: str
+    shape: tuple[int, int, int]
+    score_max: float
+    score_mean: float
+    agreement: float
+    ties: int
+    wrong: int
+
+
+@dataclass(frozen=True)
+class Final:
+    """One image through `Segmenter` with either file, resizing and upsampling included.
+
+    Attributes:
+        source: Where the image comes from.
+        size: (H, W) of the image.
+        agreement: Share of equal pixels of the two masks.
+    """
+
+    source: str
+    size: tuple[int, int]
+    agreement: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was compared, and the verdict.
+
+    Attributes:
+        problems: What exceeded a threshold; empty if the model passed.
+        thresholds: The limits.
+        cases: The graph's outputs.
+        final: The final masks.
+        providers: ONNX Runtime's providers that the session really had.
+        model_sha256: Digest of the ONNX file.
+        card: The ONNX file's card: digest of the tensors, opset.
+        seconds: Time that the check took.
+    """
+
+    problems: tuple[str, ...]
+    thresholds: Thresholds
+    cases: tuple[Case, ...]
+    final: tuple[Final, ...]
+    providers: tuple[str, ...]
+    model_sha256: str
+    card: ModelCard
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing exceeded a threshold."""
+        return not self.problems
+
+    def to_json(self) -> str:
+        """The content of `parity.json`."""
+        content: dict[str, Any] = {
+            "verdict": "passed" if self.passed else "failed",
+            "problems": self.problems,
+            "model_sha256": self.model_sha256,
+            "digests": self.card.digests,
+            "score_max": max(case.score_max for case in self.cases),
+            "score_mean": max(case.score_mean for case in self.cases),
+            "agreement": min(case.agreement for case in self.cases),
+            "final_agreement": min(item.agreement for item in self.final),
+            "thresholds": dataclasses.asdict(self.thresholds),
+            "providers": self.providers,
+            "versions": {
+                **self.card.versions,
+                "wsss-deploy": __version__,
+                "torch": torch.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+            "seconds": round(self.seconds, 2),
+            "cases": [dataclasses.asdict(case) for case in self.cases],
+            "final": [dataclasses.asdict(item) for item in self.final],
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def check_parity(
+    model: Path, candidate: Path, images: Sequence[Path] = (), thresholds: Thresholds = Thresholds()
+) -> ParityReport:
+    """Compare an ONNX file with the `model.pt` that it was made from, on the CPU.
+
+    The graph is compared with `DeployedNetwork` on procedural images of several sizes (smaller than the stride,
+    odd, not square, one and two images a batch) and on the real images at the size at which the network sees them.
+    The final masks are compared through `Segmenter`.
+
+    Args:
+        model: The `model.pt`.
+        candidate: The ONNX file.
+        images: Image files; the first `MOST_IMAGES` are used.
+        thresholds: The limits.
+
+    Raises:
+        ArtifactError: One of the files cannot be used.
+        ImageError: An image cannot be used.
+        ParityError: The exported graph cannot be run at all.
+    """
+    start = time.perf_counter()
+    _, state_dict = load_model(model)
+    card = read_card(candidate)  # the exported one: what the file promises is what is compared
+    network = restore_network(card, state_dict, str(model))
+    reference = DeployedNetwork(network, card.preprocessing).eval()
+    session = _Session(candidate)
+    real = [(path.name, load_image(path)) for path in images[:MOST_IMAGES]]
+    cases = tuple(_compare(reference, session, name, batch, thresholds) for name, batch in _batches(card, real))
+    photos = [("pattern", pattern_image(height, width, 1)) for height, width in ((480, 640), (333, 217))]
+    final = tuple(_final(Segmenter.from_network(network, card), Segmenter(candidate, device="cpu"), [*real, *photos]))
+    problems = [problem for case in cases for problem in _case_problems(case, thresholds)]
+    problems += [
+        f"final mask of {item.source}: {item.agreement:.4%} of the pixels agree, not {thresholds.final_agreement:.1%}"
+        for item in final
+        if item.agreement < thresholds.final_agreement
+    ]
+    return ParityReport(
+        tuple(problems),
+        thresholds,
+        cases,
+        final,
+        session.providers,
+        hashlib.sha256(candidate.read_bytes()).hexdigest(),
+        card,
+        time.perf_counter() - start,
+    )
+
+
+class _Session:
+    """The graph in ONNX Runtime on the CPU; unlike the runtime's backend it gives the mask, too."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # a failure is told once, by the error
+        # torch computes in turn with it here; threads that spin while they wait would only slow that down.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception classes share no base but Exception
+            raise ParityError(f"ONNX Runtime cannot load the exported graph: {_first_line(error)}") from error
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+
+    def run(self, batch: _Images) -> tuple[npt.NDArray[np.float32], _Images]:
+        try:
+            scores, mask = self._session.run(["scores", "mask"], {"image": batch})
+        except Exception as error:  # as above
+            raise ParityError(f"ONNX Runtime fails on images of {batch.shape[:3]}: {_first_line(error)}") from error
+        return scores, mask
+
+
+def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[tuple[str, _Images]]:
+    stride = card.preprocessing.stride
+    high, wide = network_size(480, 640, card)
+    sizes = [
+        (1, high, wide),
+        (2, 3 * stride + 5, 4 * stride - 1),
+        (1, 4 * stride, 6 * stride),
+        (1, stride // 2, 2 * stride + 1),
+        (1, 1, 1),
+    ]
+    for count, height, width in sizes:
+        yield "pattern", np.stack([pattern_image(height, width, seed) for seed in range(count)])
+    for name, image in real:
+        height, width = network_size(image.shape[0], image.shape[1], card)
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        yield name, np.array(resized)[None]
+
+
+def _compare(
+    reference: DeployedNetwork, session: _Session, source: str, batch: _Images, thresholds: Thresholds
+) -> Case:
+    with torch.inference_mode():
+        expected_scores, expected_mask = (output.numpy() for output in reference(torch.from_numpy(batch)))
+    scores, mask = session.run(batch)
+    if scores.shape != expected_scores.shape or mask.shape != expected_mask.shape:
+        raise ParityError(
+            f"the exported graph gives scores {scores.shape} and mask {mask.shape} for images of {batch.shape[:3]}, "
+            f"torch gives {expected_scores.shape} and {expected_mask.shape}"
+        )
+    error = np.abs(scores - expected_scores)
+    best = np.sort(expected_scores, axis=1)
+    tied = best[:, -1] - best[:, -2] < thresholds.tie
+    differs = mask != expected_mask
+    count, height, width = batch.shape[:3]
+    return Case(
+        source=source,
+        shape=(count, height, width),
+        score_max=float(error.max()),
+        score_mean=float(error.mean()),
+        agreement=1.0 - float(differs.mean()),
+        ties=int((differs & tied).sum()),
+        wrong=int((differs & ~tied).sum()),
+    )
+
+
+def _case_problems(case: Case, thresholds: Thresholds) -> Iterator[str]:
+    where = f"{case.source} {' x '.join(map(str, case.shape))}"
+    # Written so that NaN fails.
+    if not case.score_max <= thresholds.score_max:
+        yield f"{where}: a probability differs by {case.score_max:.2g}, at most {thresholds.score_max:g} is allowed"
+    if not case.score_mean <= thresholds.score_mean:
+        yield f"{where}: probabilities differ by {case.score_mean:.2g} on average, allowed is {thresholds.score_mean:g}"
+    if case.wrong:
+        yield f"{where}: {case.wrong} pixels have another class"
+
+
+def _final(expected: Segmenter, candidate: Segmenter, images: Sequence[tuple[str, _Images]]) -> Iterator[Final]:
+    for source, image in images:
+        same = expected.predict(image).mask == candidate.predict(image).mask
+        yield Final(source, (image.shape[0], image.shape[1]), float(same.mean()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

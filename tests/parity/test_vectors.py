@@ -1,0 +1,148 @@
+"""Published vectors through the production code; README_scribble.md and README_imagelevel.md say what they hold.
+
+The case is chosen by the file's prefix and the arrays it holds, never by its number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from training.losses import Kernel, gated_crf_loss
+
+Arrays = Mapping[str, np.ndarray]
+
+# Families whose method is not built yet, with the reason; the only place that lets a file go unchecked.
+NOT_BUILT = {
+    "dfr_precursor_": "the DFR method is not built yet",
+    "par_": "the pairwise refinement (PAR) is not built yet",
+    "varm_": "the pairwise refinement (VARM) is not built yet",
+    "scd_": "training from image tags is not built yet",
+    "affinity_": "training from image tags is not built yet",
+    "sfc_": "training from image tags is not built yet",
+}
+
+
+def assert_close(name: str, found: torch.Tensor | float, expected: np.ndarray, tolerance: float) -> None:
+    """Largest deviation within `tolerance` of the largest expected magnitude; where that is 0, exactly 0."""
+    found = np.asarray(found.detach() if isinstance(found, torch.Tensor) else found, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
+    assert found.shape == expected.shape, f"{name}: shape {found.shape}, expected {expected.shape}"
+    error, scale = np.abs(found - expected).max(), np.abs(expected).max()
+    assert error <= tolerance * scale, f"{name}: deviates by {error:.3g}, allowed {tolerance:g} of {scale:.3g}"
+
+
+def kernels_of(arrays: Arrays) -> list[Kernel]:
+    descriptors = json.loads(str(arrays["kernels_desc"]))
+    return [Kernel(entry.pop("weight"), entry) for entry in descriptors]
+
+
+def check_gated_crf(arrays: Arrays) -> None:
+    """gated_crf_ and dfr_kernel_: value and gradients at both precisions, in every form that the file holds."""
+    for dtype, value_tolerance, gradient_tolerance in ((torch.float64, 1e-10, 1e-10), (torch.float32, 2e-5, 5e-6)):
+        check_value_and_gradients(arrays, dtype, value_tolerance, gradient_tolerance, padding=True)
+        if "loss_valid_pairs_f64" in arrays:
+            check_value_and_gradients(arrays, dtype, value_tolerance, gradient_tolerance, padding=False)
+
+
+def check_value_and_gradients(
+    arrays: Arrays, dtype: torch.dtype, value_tolerance: float, gradient_tolerance: float, padding: bool
+) -> None:
+    logits = torch.from_numpy(arrays["logits"]).to(dtype).requires_grad_()
+    probabilities = logits.softmax(dim=1)
+    probabilities.retain_grad()
+    if "softmax" in arrays:
+        assert_close("softmax", probabilities, arrays["softmax"], value_tolerance)
+    raw = {
+        name.removeprefix("mod_"): torch.from_numpy(values).to(dtype).requires_grad_()
+        for name, values in arrays.items()
+        if name.startswith("mod_")
+    }
+    modalities = dict(raw)
+    if bool(arrays.get("feat_l2_normalised", False)):
+        modalities["feat"] = F.normalize(raw["feat"], dim=1, eps=1e-12)
+    given = {
+        name: torch.from_numpy(arrays[name]) for name in ("mask_src", "mask_dst", "compatibility") if name in arrays
+    }
+    before = {name: value.clone() for name, value in given.items()}
+    with_kernel = [name for name in raw if f"grad_{name}_f64" in arrays]
+    loss = gated_crf_loss(
+        probabilities,
+        kernels_of(arrays),
+        modalities,
+        int(arrays["radius"]),
+        **given,
+        count_padding_pairs=padding,
+        kernel_gradient=bool(with_kernel),
+    )
+    loss.backward()
+    assert loss.dtype == dtype
+    form = "" if padding else "_valid_pairs"
+    assert_close(f"loss{form}", loss, arrays[f"loss{form}_f64"], value_tolerance)
+    assert_close(f"grad_logits{form}", logits.grad, arrays[f"grad_logits{form}_f64"], gradient_tolerance)
+    if "grad_softmax_f64" in arrays:
+        assert_close("grad_softmax", probabilities.grad, arrays["grad_softmax_f64"], gradient_tolerance)
+    for name in with_kernel:
+        assert_close(f"grad_{name}", raw[name].grad, arrays[f"grad_{name}_f64"], gradient_tolerance)
+    if not with_kernel:
+        assert all(value.grad is None for value in raw.values())
+    for name, value in before.items():
+        assert torch.equal(given[name].nan_to_num(-1), value.nan_to_num(-1)), f"{name} was modified"
+
+
+CASES: dict[str, Callable[[Arrays], None]] = {"gated_crf_": check_gated_crf, "dfr_kernel_": check_gated_crf}
+
+
+def run_case(name: str, arrays: Arrays) -> None:
+    for prefix, check in CASES.items():
+        if name.startswith(prefix):
+            return check(arrays)
+    for prefix, reason in NOT_BUILT.items():
+        if name.startswith(prefix):
+            pytest.skip(f"{prefix}*: {reason}")
+    known = ", ".join([*CASES, *NOT_BUILT])
+    return pytest.fail(f"{name}: no case for this family of vectors; known prefixes: {known}")
+
+
+def test_vector(vector_file):
+    with np.load(vector_file, allow_pickle=False) as data:
+        run_case(vector_file.stem, dict(data))
+
+
+def test_a_family_is_built_or_listed_but_not_both():
+    assert not set(CASES) & set(NOT_BUILT)
+
+
+def test_an_unknown_family_fails():
+    with pytest.raises(pytest.fail.Exception, match="known prefixes: gated_crf_"):
+        run_case("mystery_01", {})
+
+
+@pytest.mark.parametrize("change", ["sigma", "weight", "radius", "mask", "loss", "gradient"])
+def test_the_check_notices_a_change(shared, change):
+    """Every ingredient matters: what the vectors pin cannot drift unseen."""
+    with np.load(shared / "parity" / "gated_crf_03_mask_src_pad.npz") as data:
+        arrays = dict(data)
+    check_gated_crf(arrays)
+    kernel = json.loads(str(arrays["kernels_desc"]))[0]
+    if change == "sigma":
+        arrays["kernels_desc"] = np.array(json.dumps([kernel | {"rgb": kernel["rgb"] * (1 + 1e-6)}]))
+    elif change == "weight":
+        arrays["kernels_desc"] = np.array(json.dumps([kernel | {"weight": kernel["weight"] * (1 + 1e-6)}]))
+    elif change == "radius":
+        arrays["radius"] = arrays["radius"] - 1
+    elif change == "mask":
+        changed = arrays["mask_src"].copy()
+        changed[tuple(np.argwhere(changed == 1)[0])] = 0
+        arrays["mask_src"] = changed
+    elif change == "loss":
+        arrays["loss_f64"] = arrays["loss_f64"] * (1 + 1e-6)
+    else:
+        arrays["grad_logits_f64"] = arrays["grad_logits_f64"] * (1 + 1e-6)
+    with pytest.raises(AssertionError, match="deviates"):
+        check_gated_crf(arrays)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from training.recipe import build_recipe, default_recipe, dump_recipe, merge, parse_assignments, read_recipe
+from wsss_deploy.errors import RecipeError
+
+
+def test_defaults_are_valid_for_every_supervision():
+    for supervision in ("masks", "scribbles", "points", "auto"):
+        recipe = build_recipe(default_recipe(supervision, 300))
+        assert recipe.supervision == supervision
+        assert recipe.optimisation.iterations == 500
+    assert build_recipe(default_recipe("masks", 300)).method.name == "supervised"
+    assert build_recipe(default_recipe("points", 300)).method.name == "gated_crf"
+
+
+def test_larger_sets_train_longer():
+    assert build_recipe(default_recipe("points", 10_000)).optimisation.iterations == 4000
+
+
+def test_unknown_keys_name_the_nearest_and_all_problems_come_at_once():
+    values = {
+        "method": {"name": "gated_crf", "wieght": 1},
+        "optimisation": {"iterations": 0, "learning_rat": 1},
+        "augmentation": {"sise": 3},
+        "sed": 1,
+    }
+    with pytest.raises(RecipeError) as caught:
+        build_recipe(values, "mine.yaml")
+    text = "\n".join(caught.value.problems)
+    assert "method.wieght: unknown key; did you mean 'weight'?" in text
+    assert "optimisation.learning_rat: unknown key; did you mean 'learning_rate'?" in text
+    assert "augmentation.sise: unknown key; did you mean 'size'?" in text
+    assert "sed: unknown key; did you mean 'seed'?" in text
+    assert "optimisation.iterations" in text
+    assert "greater than or equal to 1" in text
+    assert len(caught.value.problems) == 5
+
+
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(RecipeError, match="gated_crf"):
+        build_recipe({"method": {"name": "gated"}})
+
+
+def test_the_dump_reads_back_equal(tmp_path):
+    recipe = build_recipe(merge(default_recipe("scribbles", 10), {"seed": 3, "method": {"weight": 0.2}}))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert build_recipe(read_recipe(path)) == recipe
+    assert recipe.method.weight == 0.2
+
+
+def test_another_method_drops_the_options_of_the_first():
+    base = {"method": {"name": "gated_crf", "weight": 0.3}}
+    assert merge(base, {"method": {"name": "partial_ce"}}) == {"method": {"name": "partial_ce"}}
+    assert merge(base, {"method": {"weight": 0.5}}) == {"method": {"name": "gated_crf", "weight": 0.5}}
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("3", 3), ("none", "none"), ("[1, 2]", [1, 2])])
+def test_assignments_are_yaml_values(text, value):
+    assert parse_assignments([f"a.b={text}"]) == {"a": {"b": value}}
+
+
+@pytest.mark.parametrize("text", ["a.b", "=3", "a..b=1", "a=[1"])
+def test_bad_assignments(text):
+    with pytest.raises(RecipeError):
+        parse_assignments([text])
+
+
+@pytest.mark.parametrize(("content", "words"), [("- a\n- b\n", "list"), ("a: [1", "YAML"), ("\x00", "YAML")])
+def test_files_that_are_no_recipe(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=words):
+        read_recipe(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_recipe(tmp_path / "absent.yaml")
+
+
+def test_yaml_of_the_dump_is_plain(tmp_path):
+    values = yaml.safe_load(dump_recipe(build_recipe(default_recipe("points", 10))))
+    assert values["method"]["name"] == "gated_crf"

@@ -1,0 +1,105 @@
+"""`wsss-train`: weak labels in, `model.pt` out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+
+_EPILOG = """\
+Without --recipe the defaults fit the kind of label and the size of the data set. Any value of a recipe can be set
+on the command line: --set optimisation.learning_rate=1e-4. The resolved recipe is saved as OUT/recipe.yaml.
+
+examples:
+  wsss-train photos --supervision scribbles --out runs/photos
+  wsss-train photos --supervision points --weights none --iterations 2000 --out runs/scratch
+  wsss-train photos --out runs/photos --resume
+"""
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("wsss-train", "Train a segmenter from weak labels.", _EPILOG)
+    parser.add_argument("data", type=Path, metavar="DATA", help="data set folder (see docs/data.md)")
+    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument(
+        "--supervision",
+        choices=["masks", "scribbles", "points", "tags", "auto"],
+        help="kind of label to train from; auto takes the densest that each image has (default)",
+    )
+    parser.add_argument("--recipe", type=Path, help="YAML file whose values replace the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
+    parser.add_argument("--method", help="short for --set method.name=...")
+    parser.add_argument("--weights", help="the encoder's start: timm (download), none, or the path of a file")
+    parser.add_argument("--encoder", help="timm model name")
+    parser.add_argument("--iterations", type=int, help="optimiser steps")
+    parser.add_argument("--size", type=int, help="training crop and inference long side, pixels")
+    parser.add_argument("--batch-size", type=int, help="images a step")
+    parser.add_argument("--seed", type=int, help="seed of everything random")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train")
+    parser.add_argument("--format", default="auto", choices=["auto", "folder", "voc", "coco"], help="data set layout")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint, with OUT's recipe")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command line's own options as nested recipe values."""
+    values: dict[str, Any] = {}
+    targets = {
+        "method": ("method", "name"),
+        "weights": ("model", "weights"),
+        "encoder": ("model", "encoder"),
+        "iterations": ("optimisation", "iterations"),
+        "batch_size": ("optimisation", "batch_size"),
+        "size": ("augmentation", "size"),
+        "seed": ("seed",),
+        "device": ("device",),
+    }
+    for option, path in targets.items():
+        value = getattr(arguments, option)
+        if value is None:
+            continue
+        place = values
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = value
+    return values
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from training.data.dataset import open_dataset
+    from training.recipe import parse_assignments, read_recipe
+    from training.run import RECIPE, resolve_recipe, run
+
+    overrides = [read_recipe(arguments.recipe)] if arguments.recipe else []
+    if arguments.resume:
+        saved = arguments.out / RECIPE
+        if not saved.is_file():
+            raise TrainingError(f"{arguments.out}: no run to resume ({RECIPE} is missing); leave --resume out to start")
+        overrides.insert(0, read_recipe(saved))
+    overrides += [_given(arguments), parse_assignments(arguments.set)]
+    source = open_dataset(arguments.data, arguments.format)
+    recipe = resolve_recipe(source, arguments.supervision, overrides)
+    result = run(recipe, source, arguments.out, arguments.resume, not arguments.quiet)
+    trained = result.trained
+    if trained.result is not None:
+        print(trained.result.table())
+    print(f"{result.model} ({trained.selection}, iteration {trained.iteration}, {trained.seconds:.0f} s of training)")
+    print(f"next: wsss-export {result.model}   wsss-predict IMAGE --model {result.model} --out OUT")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `wsss-train`."""
+    run_command(_parser(), _train, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Reader of the folder layout, the project's own.
+
+    images/NAME.jpg|png|...   required
+    masks/NAME.png            pixel values are class ids, 255 = unlabelled; so are those of
+    scribbles/NAME.png
+    points/NAME.png           (without that file: points.json, {name: [{"x": px, "y": px, "cls": id or class name}]})
+    tags.json                 {name: [id or class name, ...]}
+    classes.txt               required; line number = class id, from 0
+    splits/SPLIT.txt          one name a line; without any split, all images are the split "train"
+
+Every image has what it has: kinds of labels may differ from image to image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data.dataset import PIXEL_KINDS, counted
+from training.data.files import FileSource
+from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines, read_palette
+from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.errors import DataError
+
+
+class FolderSource(FileSource):
+    """A data set in the folder layout.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        DataError: There are no images, or no usable classes.txt or JSON; lesser faults go to `problems`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        found = files_by_stem(root / "images", IMAGE_SUFFIXES)
+        if not found:
+            raise DataError(
+                f"{root}: no images; expected images/*.jpg (or png, ...) beside classes.txt, masks/, scribbles/, ..."
+            )
+        classes = read_classes(root / "classes.txt")
+        super().__init__(root, classes, {name: paths[0] for name, paths in found.items()})
+        for paths in found.values():
+            if len(paths) > 1:
+                names = ", ".join(path.name for path in paths)
+                self._problem(f"images/{paths[0].name}", f"the same name occurs {len(paths)} times ({names}); keep one")
+        self._ids = {name: index for index, name in enumerate(classes)}
+        for kind in PIXEL_KINDS:
+            self._labels[kind] = self._label_files(kind)
+            self._report_strays(kind, [".png"])
+        self._points = self._read_points()
+        self._tags = self._read_tags()
+        self.splits = self._read_splits()
+        files = [path for labels in self._labels.values() for path in list(labels.values())[:1]]
+        self.palette = read_palette(files, len(classes))
+
+    def kinds(self, name: str) -> frozenset[str]:
+        """Which kinds of labels the image has."""
+        kinds = super().kinds(name)
+        return kinds | {"points"} if name in self._points else kinds
+
+    def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
+        """Labels uint8 (H, W)."""
+        if kind == "points" and name in self._points and name not in self._labels["points"]:
+            return self._draw_points(name)
+        return super().load_labels(name, kind)
+
+    def _read_points(self) -> dict[str, list[dict[str, Any]]]:
+        points: dict[str, list[dict[str, Any]]] = {}
+        for name, items in self._read_mapping("points.json").items():
+            if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+                points[name] = items
+            else:
+                self._problem("points.json", f"'{name}': expected a list of objects with x, y and cls")
+        return points
+
+    def _draw_points(self, name: str) -> NDArray[np.uint8]:
+        size = image_size(self.image_path(name))
+        labels = np.full(size, IGNORE_INDEX, np.uint8)
+        for item in self._points[name]:
+            where = f"{self._root / 'points.json'}: '{name}'"
+            x, y, index = item.get("x"), item.get("y"), self._class_id(item.get("cls"))
+            if not isinstance(x, int | float) or not isinstance(y, int | float) or index is None:
+                raise DataError(f"{where}: point {item}: expected numbers x and y, and a known class in cls")
+            if not (0 <= x < size[1] and 0 <= y < size[0]):
+                raise DataError(f"{where}: point ({x}, {y}) is outside the image of {size[1]}x{size[0]} pixels")
+            labels[int(y), int(x)] = index
+        return labels
+
+    def _read_tags(self) -> dict[str, tuple[int, ...]]:
+        tags: dict[str, tuple[int, ...]] = {}
+        for name, values in self._read_mapping("tags.json").items():
+            listed = values if isinstance(values, list) else [values]
+            ids = [self._class_id(value) for value in listed]
+            unknown = [repr(value) for value, index in zip(listed, ids, strict=True) if index is None]
+            if unknown:
+                expected = f"expected ids below {len(self.classes)} or names of classes.txt"
+                self._problem("tags.json", f"'{name}' has the unknown tag {', '.join(unknown)}; {expected}")
+            tags[name] = tuple(sorted({index for index in ids if index is not None}))
+        return tags
+
+    def _class_id(self, value: object) -> int | None:
+        if isinstance(value, str):
+            return self._ids.get(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.classes):
+            return value
+        return None
+
+    def _read_mapping(self, file: str) -> dict[str, Any]:
+        """The part of a JSON object that is about images of this set; {} without the file."""
+        path = self._root / file
+        if not path.is_file():
+            return {}
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
+        unknown = [name for name in content if name not in self._images]
+        if unknown:
+            found = f"{counted(len(unknown), 'entry')} for no known image (first: '{unknown[0]}')"
+            self._problem(file, f"{found}; add the image or remove the entry", blocking=False)
+        return {name: value for name, value in content.items() if name in self._images}
+
+    def _read_splits(self) -> dict[str, tuple[str, ...]]:
+        splits: dict[str, tuple[str, ...]] = {}
+        for path in sorted((self._root / "splits").glob("*.txt")):
+            names = [self._strip_suffix(line) for line in read_lines(path) if line]
+            splits[path.stem] = self._split_names(names, f"splits/{path.name}")
+        return splits or {"train": tuple(self._images)}
+
+    def _strip_suffix(self, line: str) -> str:
+        # Lists often carry file names; a name may hold dots of its own, so the plain name goes first.
+        path = Path(line)
+        return path.stem if line not in self._images and path.suffix.lower() in IMAGE_SUFFIXES else line
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names of a classes.txt.
+
+    Raises:
+        DataError: It is missing, has gaps or repeated names, or fewer than 2 or more than 255 classes.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: missing; write one class name a line, the line number (from 0) is the class id")
+    lines = read_lines(path)
+    if "" in lines:
+        raise DataError(f"{path}: line {lines.index('') + 1} is empty, but its number is a class id; name the class")
+    repeated = sorted({name for name in lines if lines.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}: class names occur twice ({', '.join(repeated)}); expected unique names")
+    if not 2 <= len(lines) <= 255:
+        raise DataError(f"{path}: {len(lines)} classes, expected 2 to 255 (with the background, if there is one)")
+    return tuple(lines)

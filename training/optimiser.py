@@ -1,0 +1,68 @@
+"""AdamW parameter groups and the learning-rate schedule, both pure functions so that a resumed run repeats them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from training.recipe import Optimisation
+
+
+def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: Optimisation) -> torch.optim.AdamW:
+    """AdamW over the encoder (base rate) and everything that starts from scratch (`decoder_factor` times that).
+
+    Biases, norms and position tables (vectors, or names that timm lists in `no_weight_decay`) are not decayed.
+
+    Args:
+        encoder: Pretrained part.
+        others: Decoder and a method's own heads.
+        settings: Rates and decay.
+    """
+    exempt = _undecayed(encoder)
+    groups = _groups(encoder.named_parameters(), 1.0, settings, exempt)
+    for module in others:
+        groups += _groups(module.named_parameters(), settings.decoder_factor, settings, frozenset())
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
+
+
+def _undecayed(encoder: nn.Module) -> frozenset[str]:
+    names = set()
+    for prefix, module in encoder.named_modules():
+        listed = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            names |= {f"{prefix}.{name}".lstrip(".") for name in listed()}
+    return frozenset(names)
+
+
+def _groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], factor: float, settings: Optimisation, exempt: frozenset[str]
+) -> list[dict[str, object]]:
+    decayed, plain = [], []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay, "factor": factor},
+        {"params": plain, "weight_decay": 0.0, "factor": factor},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(iteration: int, settings: Optimisation) -> float:
+    """Base rate of an iteration: linear warm-up, then (1 - t/T)^power.
+
+    Args:
+        iteration: 0-based.
+        settings: Peak rate, warm-up, power, length.
+    """
+    warmup = max(1, round(settings.warmup * settings.iterations))
+    rise = min(1.0, (iteration + 1) / warmup)
+    return settings.learning_rate * rise * (1.0 - iteration / settings.iterations) ** settings.power
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set every group to its factor times the base rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]

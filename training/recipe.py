@@ -1,0 +1,273 @@
+"""The recipe: the typed, strict configuration of a training run.
+
+A recipe is a YAML file over the classes below. Unknown keys are errors that name the nearest key, and all problems
+of a file are reported at once. `default_recipe` picks what works best for a kind of label and a size of data set;
+a file and the command line then override single values. The resolved recipe is written beside each run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.data.pipeline import Augmentation
+from training.methods.settings import MethodSettings
+from wsss_deploy.errors import RecipeError
+
+Supervision = Literal["masks", "scribbles", "points", "tags", "auto"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Strict):
+    """The network.
+
+    Attributes:
+        encoder: timm model name.
+        encoder_options: Further keyword arguments of the timm model.
+        decoder: Decoder name.
+        decoder_width: Channels inside the decoder.
+        drop_path: Stochastic depth rate of the encoder.
+        weights: The encoder's start: "timm" (downloads), "none", or the path of a safetensors/pt file.
+    """
+
+    encoder: str = "vit_tiny_patch16_224"
+    encoder_options: dict[str, Any] = Field(default_factory=dict)
+    decoder: str = "light"
+    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 128
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weights: str = "timm"
+
+
+class Optimisation(_Strict):
+    """AdamW with linear warm-up and polynomial decay.
+
+    Attributes:
+        iterations: Optimiser steps.
+        batch_size: Images a step.
+        learning_rate: Peak rate of the encoder.
+        decoder_factor: The decoder's and heads' rate in units of the encoder's.
+        weight_decay: Decoupled decay; biases, norms and position tables are exempt.
+        warmup: Fraction of the iterations over which the rate rises linearly.
+        power: Exponent of the polynomial decay.
+        clip: Largest gradient norm; 0 turns clipping off.
+        ema: Decay of the exponential moving average of the weights that is evaluated and saved; 0 turns it off.
+    """
+
+    iterations: Annotated[int, Field(ge=1)] = 500
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    decoder_factor: Annotated[float, Field(gt=0)] = 5.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup: Fraction = 0.1
+    power: Annotated[float, Field(gt=0)] = 1.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class EvaluationSettings(_Strict):
+    """Validation during training.
+
+    Attributes:
+        split: Name of the split that is evaluated; without masks for it nothing is, and the last state is kept.
+        every: Iterations between evaluations; the end of the run is always evaluated.
+    """
+
+    split: str = "val"
+    every: Annotated[int, Field(ge=1)] = 250
+
+
+class Simulation(_Strict):
+    """Weak labels that are simulated from masks where the data set has none of the asked kind.
+
+    Attributes:
+        length: Relative length of scribbles, 0 to 1.
+        seed: Seed of the simulation; independent of the training seed, so that seeds of a comparison share labels.
+    """
+
+    length: Fraction = 1.0
+    seed: int = 0
+
+
+class Recipe(_Strict):
+    """A training run.
+
+    Attributes:
+        supervision: Kind of label to train from, or "auto": each image contributes the densest it has.
+        method: How the losses combine; see `training.methods.settings`.
+        model: The network.
+        augmentation: Crops and photometric changes.
+        optimisation: Optimiser, schedule, length.
+        evaluation: Validation during training.
+        simulation: Used only where labels have to be simulated.
+        train_split: Name of the split to train on.
+        inference_long_side: Longer side, in pixels, at which the trained model is meant to run; None takes
+            `augmentation.size`; 0 runs at each image's own size.
+        seed: Seed of everything random.
+        precision: "auto" is bf16 on a GPU or CPU that computes it natively and fp32 elsewhere; losses and norms
+            run in fp32 either way.
+        device: "auto", "cpu" or "cuda".
+        workers: Processes that load data; 0 loads in the training process, None is 0 on a CPU and up to 8 on a GPU.
+        deterministic: Ask torch for deterministic algorithms (slower on a GPU; a CPU run repeats exactly anyway).
+        checkpoint_every: Seconds between checkpoints of the training state.
+    """
+
+    supervision: Supervision = "auto"
+    method: MethodSettings
+    model: ModelSettings = ModelSettings()
+    augmentation: Augmentation = Augmentation()
+    optimisation: Optimisation = Optimisation()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    simulation: Simulation = Simulation()
+    train_split: str = "train"
+    inference_long_side: Annotated[int, Field(ge=0, le=16384)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=64)] | None = None
+    deterministic: bool = False
+    checkpoint_every: Annotated[float, Field(gt=0)] = 60.0
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` in which the values of `over` replace or, for mappings, extend those of `base`.
+
+    A mapping with another `name` (another method) replaces instead of extending: options of one method mean
+    nothing to the next.
+    """
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values of a YAML recipe file, not yet validated.
+
+    Raises:
+        RecipeError: The file cannot be read or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError([f"{path}: holds a {type(values).__name__}, expected keys and values"])
+    return values
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Nested values from `key.sub=value` texts; values are YAML.
+
+    Raises:
+        RecipeError: A text has no "=" or an empty key.
+    """
+    result: dict[str, Any] = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts):
+            raise RecipeError([f"'{text}': expected KEY=VALUE, for example optimisation.learning_rate=1e-4"])
+        try:
+            nested: Any = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise RecipeError([f"'{text}': the value is not valid YAML"]) from error
+        for part in reversed(parts):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def _number(value: object) -> object:
+    # YAML 1.1 reads 1e-4 (no dot) as text; nobody who types it means text.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def build_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Validate values.
+
+    Args:
+        values: Nested mappings, as `read_recipe` and `parse_assignments` give them.
+        source: Named in errors.
+
+    Raises:
+        RecipeError: Lists every problem; an unknown key names the nearest known one.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise RecipeError([f"{source}: {_problem(item)}" for item in error.errors()]) from error
+
+
+def _problem(item: Any) -> str:
+    # The tag of the method's union is part of pydantic's location but not of the file.
+    path = [str(part) for part in item["loc"]]
+    if len(path) > 1 and path[0] == "method":
+        del path[1]
+    where = ".".join(path)
+    if item["type"] == "missing":
+        return f"{where}: missing"
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {item['msg']} (found {item['input']!r})"
+    known = _known_keys(item["loc"][:-1])
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _known_keys(path: Sequence[str | int]) -> list[str]:
+    """Field names of the recipe at `path`, a pydantic error location: keys, list positions and union tags."""
+    options: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        if isinstance(part, int):
+            continue
+        tagged = [model for model in options if getattr(model.model_fields.get("name"), "default", None) == part]
+        fields = [model.model_fields[part] for model in options if part in model.model_fields]
+        options = tagged or [model for found in fields for model in _models(found.annotation)]
+    return sorted({key for model in options for key in model.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
+    """Values that work best for this kind of label and size of data set, by our measurements (docs/results.md).
+
+    Args:
+        supervision: Kind of label, or "auto".
+        train_images: Number of training images.
+    """
+    method = {"name": "supervised"} if supervision == "masks" else {"name": "gated_crf"}
+    # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
+    iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
+    return {"supervision": supervision, "method": method, "optimisation": {"iterations": iterations}}
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text; reading it back gives an equal recipe."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return text

@@ -1,0 +1,256 @@
+"""A whole run: data set and recipe in, a folder with `model.pt` and its record out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.data.dataset import DataSource
+from training.data.pipeline import TrainingSet
+from training.data.simulated import SimulatedSource
+from training.evaluate import EvaluationResult, evaluate
+from training.methods import build_method
+from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
+from training.state import CHECKPOINT
+from training.trainer import Trained, Trainer
+from wsss_deploy import Segmenter
+from wsss_deploy.artifact import save_model
+from wsss_deploy.card import IGNORE_INDEX, Architecture, ModelCard, Protocol, Sizing
+from wsss_deploy.errors import DataError, TrainingError, UsageError
+from wsss_deploy.files import atomic_write
+from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
+
+_log = logging.getLogger(__name__)
+
+MODEL, RECIPE, RECORD = "model.pt", "recipe.yaml", "run.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left.
+
+    Attributes:
+        model: Path of `model.pt`.
+        trained: Selection, evaluation and time.
+    """
+
+    model: Path
+    trained: Trained
+
+
+def resolve_recipe(source: DataSource, supervision: str | None, overrides: Sequence[Mapping[str, Any]]) -> Recipe:
+    """Defaults for the supervision and the size of the data set, then `overrides` in order.
+
+    Args:
+        source: The data set.
+        supervision: From the command line; None takes the overrides' value, else "auto".
+        overrides: A recipe file's values, single assignments, command-line options.
+
+    Raises:
+        RecipeError: Lists every problem.
+    """
+    given: dict[str, Any] = {}
+    for values in overrides:
+        given = merge(given, values)
+    if supervision is not None:
+        given["supervision"] = supervision
+    split = str(given.get("train_split", "train"))
+    base = default_recipe(str(given.get("supervision", "auto")), len(source.splits.get(split, ())))
+    return build_recipe(merge(base, given))
+
+
+def prepare_source(source: DataSource, recipe: Recipe) -> tuple[DataSource, bool]:
+    """The data set with the labels that the recipe asks for, and whether they had to be simulated.
+
+    Labels are simulated only when no training image has the asked kind and masks are there to simulate from; the
+    log and the model's protocol say so.
+
+    Raises:
+        DataError: The split is missing, or there is nothing to train from.
+    """
+    names = split_names(source, recipe.train_split)
+    kind = recipe.supervision
+    if kind in ("auto", "masks") or any(kind in source.kinds(name) for name in names):
+        return source, False
+    if not any("masks" in source.kinds(name) for name in names):
+        raise DataError(
+            f"{source.name}: no image of split '{recipe.train_split}' has {kind}, and there are no masks to simulate "
+            f"them from; add {'tags.json' if kind == 'tags' else kind + '/'} or choose another --supervision"
+        )
+    _log.warning(
+        "%s has no %s: simulating them from its masks (relative length %g, seed %d)",
+        source.name,
+        kind,
+        recipe.simulation.length,
+        recipe.simulation.seed,
+    )
+    return SimulatedSource(source, kind, recipe.simulation.seed, length=recipe.simulation.length), True
+
+
+def split_names(source: DataSource, split: str) -> tuple[str, ...]:
+    """Image names of a split.
+
+    Raises:
+        DataError: There is no such split; the known ones are named.
+    """
+    if split not in source.splits:
+        known = ", ".join(source.splits) or "none"
+        raise DataError(f"{source.name}: no split '{split}' (splits: {known}); add splits/{split}.txt")
+    return source.splits[split]
+
+
+def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, show: bool = True) -> RunResult:
+    """Train, choose, save.
+
+    Args:
+        recipe: The resolved recipe.
+        source: The data set.
+        folder: Run folder; made when absent.
+        resume: Go on from its checkpoint.
+        show: Progress on the terminal.
+
+    Raises:
+        DataError, TrainingError: See `prepare_source` and `Trainer.run`.
+    """
+    _claim(folder, resume)
+    if recipe.supervision == "tags":
+        raise UsageError(
+            "training from image tags alone is not built yet; use --supervision points or scribbles (a few clicks "
+            "an image go far), or masks"
+        )
+    labelled, simulated = prepare_source(source, recipe)
+    kinds: Any = "auto" if recipe.supervision == "auto" else (recipe.supervision,)
+    names = split_names(labelled, recipe.train_split)
+    dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
+    _seed(recipe.seed)
+    model = recipe.model
+    architecture = Architecture(
+        encoder=model.encoder,
+        decoder=model.decoder,
+        decoder_width=model.decoder_width,
+        encoder_options=model.encoder_options,
+    )
+    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
+    preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
+    counts = _class_counts(dataset) if recipe.method.class_weights == "counts" else None
+    method = build_method(recipe.method, len(source.classes), preprocessing, counts)
+    long_side = recipe.augmentation.size if recipe.inference_long_side is None else recipe.inference_long_side
+    card = ModelCard(
+        name=f"{source.name}-{recipe.supervision}",
+        classes=source.classes,
+        palette=source.palette,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        sizing=Sizing(long_side=long_side or None),
+        versions=versions(),
+    )
+    validation = _validation_names(source, recipe)
+
+    def validate(state: SegmentationNetwork) -> EvaluationResult | None:
+        if not validation:
+            return None
+        device = str(next(state.parameters()).device)
+        segmenter = Segmenter.from_network(state, card, device=device)
+        return evaluate(segmenter, source, validation, recipe.evaluation.split)
+
+    with atomic_write(folder / RECIPE) as file:
+        file.write(dump_recipe(recipe).encode())
+    trainer = Trainer(recipe, network, method, dataset, preprocessing, folder, validate)
+    trained = trainer.run(resume, show)
+    card = card.model_copy(update={"protocol": _protocol(recipe, source, dataset, simulated, trained)})
+    save_model(folder / MODEL, card, trained.state)
+    _write_record(folder / RECORD, recipe, source, card, trained)
+    return RunResult(folder / MODEL, trained)
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    if (folder / MODEL).exists():
+        raise TrainingError(f"{folder}: holds a finished run ({MODEL}); choose another --out")
+    if (folder / CHECKPOINT).exists() and not resume:
+        raise TrainingError(f"{folder}: holds an unfinished run; go on with --resume, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _class_counts(dataset: TrainingSet) -> list[int]:
+    """Labelled pixels per class over the training images, of the kinds that are trained from."""
+    counts = np.zeros(256, dtype=np.int64)
+    for name in dataset.names:
+        for kind in dataset.kinds_of(name):
+            counts += np.bincount(dataset.source.load_labels(name, kind).ravel(), minlength=256)
+    return counts[: len(dataset.source.classes)].tolist()
+
+
+def _validation_names(source: DataSource, recipe: Recipe) -> tuple[str, ...]:
+    names = source.splits.get(recipe.evaluation.split, ())
+    return tuple(name for name in names if "masks" in source.kinds(name))
+
+
+def _protocol(recipe: Recipe, source: DataSource, dataset: TrainingSet, simulated: bool, trained: Trained) -> Protocol:
+    metrics = {}
+    if trained.result is not None:
+        metrics = {
+            "val_miou": trained.result.miou,
+            "val_boundary_miou": trained.result.mean_boundary_iou,
+            "val_foreground_miou": trained.result.foreground_miou,
+        }
+    weights = recipe.model.weights
+    notes = {"simulation": f"length {recipe.simulation.length}, seed {recipe.simulation.seed}"} if simulated else {}
+    return Protocol(
+        supervision=(recipe.supervision,),
+        simulated=simulated,
+        method=recipe.method.name,
+        data=source.name,
+        train_images=len(dataset),
+        iterations=recipe.optimisation.iterations,
+        batch_size=recipe.optimisation.batch_size,
+        size=recipe.augmentation.size,
+        seed=recipe.seed,
+        weights=weights if weights in ("timm", "none") else Path(weights).name,
+        selection=trained.selection,
+        metrics=metrics,
+        notes=notes,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a reader of a result needs."""
+    names = ("wsss-deploy", "torch", "timm", "torchvision", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found | {"python": platform.python_version()}
+
+
+def _write_record(path: Path, recipe: Recipe, source: DataSource, card: ModelCard, trained: Trained) -> None:
+    names = split_names(source, recipe.train_split)
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "protocol": None if card.protocol is None else card.protocol.model_dump(mode="json"),
+        "versions": card.versions,
+        "data_digest": hashlib.sha256("\n".join([*source.classes, *sorted(names)]).encode()).hexdigest(),
+        "ignore_index": IGNORE_INDEX,
+        "chosen_iteration": trained.iteration,
+        "training_seconds": round(trained.seconds, 1),
+        "threads": torch.get_num_threads(),
+        "command": Path(sys.argv[0]).name,
+        "evaluation": None if trained.result is None else trained.result.to_plain(),
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1).encode())

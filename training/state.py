@@ -1,0 +1,93 @@
+"""The training state on disk: written atomically, read back exactly, told apart from a model.
+
+`checkpoint.pt` holds what is needed to go on as if nothing had happened: network, method, optimiser, moving average,
+iteration, random states and the best result so far. `model.pt` holds what is needed to segment. The first is read by
+`--resume`, the second by `--weights` of a later run (fine-tuning) and by every runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from training.recipe import Recipe, dump_recipe
+from wsss_deploy.errors import TrainingError
+from wsss_deploy.files import atomic_write
+
+CHECKPOINT = "checkpoint.pt"
+_FORMAT = "wsss-deploy-training-state"
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from."""
+    state = {
+        "python": list(random.getstate()[1]),
+        "numpy": [np.random.get_state(legacy=True)[1].tolist(), int(np.random.get_state(legacy=True)[2])],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    random.setstate((3, tuple(state["python"]), None))
+    np.random.set_state(("MT19937", np.array(state["numpy"][0], dtype=np.uint32), state["numpy"][1]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Digest of all that decides what a run computes; where and how often it saves does not."""
+    plain = recipe.model_copy(update={"checkpoint_every": 60.0, "workers": 0})
+    return hashlib.sha256(dump_recipe(plain).encode()).hexdigest()
+
+
+def save_checkpoint(path: Path, recipe: Recipe, state: dict[str, Any]) -> None:
+    """Write the training state atomically."""
+    content = {"format": _FORMAT, "recipe": recipe.model_dump(mode="json"), "digest": recipe_digest(recipe), **state}
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """Read a training state that was written for this recipe.
+
+    Raises:
+        TrainingError: There is none, it is damaged, or it belongs to another recipe (the differing keys are named).
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no checkpoint to resume from; leave --resume out to start, or check --out")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+        raise TrainingError(
+            f"{path}: damaged or no checkpoint of this package; start again without --resume"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise TrainingError(f"{path}: not a training state; --resume reads {CHECKPOINT}, fine-tuning takes --weights")
+    if content["digest"] != recipe_digest(recipe):
+        changed = _differences(content["recipe"], recipe.model_dump(mode="json"))
+        raise TrainingError(
+            f"{path}: was written by another recipe (differs in {', '.join(changed) or 'format'}); resume with the "
+            "run's own recipe.yaml, or start a new run with another --out"
+        )
+    return content
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            found for key in keys for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+        ]
+    return [] if old == new else [prefix]

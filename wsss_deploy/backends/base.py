@@ -1,0 +1,50 @@
+"""What every runtime offers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Backend(Protocol):
+    """A model that is loaded in one runtime. `run` may be called from many threads.
+
+    Attributes:
+        name: "torch" or "onnxruntime".
+        device: Where it really runs: "cpu", "cuda:0", ...
+    """
+
+    name: str
+    device: str
+
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Class probabilities.
+
+        Args:
+            images: RGB, uint8 (N, H, W, 3), any H and W.
+
+        Returns:
+            float32 (N, C, H, W).
+
+        Raises:
+            BackendError: The runtime failed.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What really runs: runtime and version, device, precision, threads; plain data."""
+        ...
+
+
+class Availability(NamedTuple):
+    """Whether a runtime can be used here, and why or why not (what to install).
+
+    Attributes:
+        available: Whether it can.
+        reason: One line for the user.
+    """
+
+    available: bool
+    reason: str

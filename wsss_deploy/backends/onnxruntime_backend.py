@@ -1,0 +1,108 @@
+"""model.onnx in ONNX Runtime, on the provider that was asked for or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from wsss_deploy.errors import ArtifactError, BackendError
+
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+class OnnxRuntimeBackend:
+    """An exported model in ONNX Runtime; sessions may run in many threads at once.
+
+    Args:
+        path: The model file.
+        device: "auto" takes CUDA if this build has it and a session really gets it, else the CPU; "cuda" fails if
+            the session would run elsewhere.
+        threads: CPU threads of one inference; None lets ONNX Runtime decide.
+
+    Raises:
+        ArtifactError: The file is no model of the export's contract.
+        BackendError: The device does not work.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, device: str, threads: int | None = None) -> None:
+        self._threads = threads
+        self._reason = "asked for"
+        if device != "cpu":
+            reason = self._open_cuda(path, device)
+            if reason is None:
+                self._reason = "CUDA works" if device == "auto" else "asked for"
+                self._check_contract(path)
+                return
+            if device != "auto":
+                raise BackendError(
+                    f"device '{device}' was asked for, but ONNX Runtime cannot use it: {reason}; use device 'cpu', or "
+                    "pip install 'wsss-deploy[gpu]' in place of [cpu], with CUDA 13 and cuDNN 9"
+                )
+            self._reason = f"CUDA does not work: {reason}"
+        self.device = "cpu"
+        self._session = self._open(path, [_CPU])
+        self._check_contract(path)
+
+    def _open_cuda(self, path: Path, device: str) -> str | None:
+        """Open the session on CUDA; the reason if that does not work."""
+        if _CUDA not in onnxruntime.get_available_providers():
+            return f"this build has only {', '.join(onnxruntime.get_available_providers())}"
+        index = int(device.partition(":")[2] or 0)
+        # Finds the CUDA libraries of pip packages; without them ONNX Runtime only prints a message and uses the CPU.
+        onnxruntime.preload_dlls()
+        session = self._open(path, [(_CUDA, {"device_id": index}), _CPU])
+        got = session.get_providers()
+        if got[0] != _CUDA:
+            return f"the session got {', '.join(got)}; CUDA or cuDNN libraries or the driver are missing"
+        self.device, self._session = f"cuda:{index}", session
+        return None
+
+    def _open(self, path: Path, providers: list[Any]) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; warnings about node placement are not the user's concern
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime's exception classes share no base but Exception
+            reason = str(error).partition("\n")[0]
+            raise ArtifactError(f"{path}: ONNX Runtime cannot load it ({reason}); export it again") from error
+
+    def _check_contract(self, path: Path) -> None:
+        inputs = {item.name: item.type for item in self._session.get_inputs()}
+        outputs = [item.name for item in self._session.get_outputs()]
+        if inputs != {"image": "tensor(uint8)"} or "scores" not in outputs:
+            raise ArtifactError(
+                f"{path}: found inputs {inputs} and outputs {outputs}, expected input 'image' (uint8) and output "
+                "'scores'; export it with wsss-export"
+            )
+
+    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Class probabilities, see `Backend.run`."""
+        try:
+            result: npt.NDArray[np.float32] = self._session.run(["scores"], {"image": images})[0]
+        except Exception as error:  # as above
+            shape = " x ".join(map(str, images.shape[:3]))
+            raise BackendError(
+                f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
+                "use smaller batches, a smaller sizing or another device"
+            ) from error
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """What really runs, see `Backend.describe`."""
+        return {
+            "backend": self.name,
+            "version": onnxruntime.__version__,
+            "device": self.device,
+            "device_reason": self._reason,
+            "providers": self._session.get_providers(),
+            "precision": "as exported",
+            "threads": self._threads or "default",
+        }

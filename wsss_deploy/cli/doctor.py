@@ -1,0 +1,159 @@
+"""wsss-doctor: what this machine can run, and what a model really runs on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from wsss_deploy.artifact import read_card
+from wsss_deploy.backends import RUNTIMES, can_run
+from wsss_deploy.cli.common import ArgumentParser, run_command
+
+_PACKAGES = (
+    *("wsss-deploy", "numpy", "pillow", "pydantic", "torch", "torchvision", "timm", "onnx", "onnxscript"),
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "pycuda", "gradio", "supervision"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `wsss-doctor`.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from the process.
+    """
+    parser = ArgumentParser(
+        "wsss-doctor",
+        "Show versions, which runtimes can run here and on which devices; with a model, also what it is and where it "
+        "really runs.",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model.pt or model.onnx")
+    parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    run_command(parser, _doctor, argv)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    report = inspect_machine()
+    # A model that cannot run is an error of the command, but what was found until then helps to see why.
+    if not arguments.json:
+        _print_machine(report)
+    if arguments.model is not None:
+        report["model"] = inspect_model(arguments.model, arguments.device)
+    if arguments.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    elif arguments.model is not None:
+        _print_model(report["model"])
+
+
+def inspect_machine() -> dict[str, Any]:
+    """Versions, CPU, runtimes with reasons, devices and problems; plain data."""
+    packages = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    problems = []
+    if "onnxruntime" in packages and "onnxruntime-gpu" in packages:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then "
+            "pip install one of 'wsss-deploy[cpu]' and 'wsss-deploy[gpu]'"
+        )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": packages,
+        "runtimes": {
+            name: {"files": suffix, **can_run(name)._asdict(), "devices": _devices(name)}
+            for suffix, name in RUNTIMES.items()
+        },
+        "problems": problems,
+    }
+
+
+def inspect_model(model: str, device: str) -> dict[str, Any]:
+    """Read a model's card and run one synthetic image through it.
+
+    Args:
+        model: Path of the model.
+        device: As in `Segmenter`.
+
+    Returns:
+        Card, what really ran, and the milliseconds of a first and a second run; plain data.
+
+    Raises:
+        ArtifactError: The file cannot be used.
+        BackendError: Its runtime cannot run here.
+    """
+    card = read_card(model)
+    from wsss_deploy.segmenter import Segmenter
+
+    segmenter = Segmenter(model, device=device)
+    rows, columns = np.mgrid[0:240, 0:320]
+    image = np.stack([rows, columns % 256, (rows + columns) % 256], axis=2).astype(np.uint8)
+    first, second = segmenter.predict(image), segmenter.predict(image)
+    return {
+        "card": card.to_plain(),
+        "ran": segmenter.describe(),
+        "image": "320 x 240",
+        "first_ms": {stage: round(value, 3) for stage, value in first.timing.items()},
+        "second_ms": {stage: round(value, 3) for stage, value in second.timing.items()},
+    }
+
+
+def _devices(runtime: str) -> list[str]:
+    """Devices or providers that a runtime reports; only asking it, so it must be imported."""
+    if not can_run(runtime).available:
+        return []
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        return list(onnxruntime.get_available_providers())
+    import torch
+
+    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print_machine(report: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Python {report['python']} on {report['platform']}, {report['cpu_threads']} CPU threads")
+    console.print(", ".join(f"{name} {found}" for name, found in report["packages"].items()))
+    for runtime in report["runtimes"].values():
+        mark = "[green]can run[/]" if runtime["available"] else "[red]cannot run[/]"
+        devices = f" on {', '.join(runtime['devices'])}" if runtime["devices"] else ""
+        console.print(f"{mark} {runtime['files']} files: {escape(runtime['reason'] + devices)}")
+    for problem in report["problems"]:
+        console.print(f"[red]problem[/] {escape(problem)}")
+
+
+def _print_model(report: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    card, ran = report["card"], report["ran"]
+    classes = ", ".join(card["classes"])
+    console.print(
+        escape(f"model {card['name']}: {card['architecture']['encoder']}, {len(card['classes'])} classes: {classes}")
+    )
+    if card["protocol"] is not None:
+        protocol = card["protocol"]
+        console.print(
+            escape(f"trained with {protocol['method']} from {', '.join(protocol['supervision'])} on {protocol['data']}")
+        )
+    where = ", ".join(ran["providers"]) if "providers" in ran else ran["device"]
+    console.print(escape(f"ran in {ran['backend']} {ran['version']} on {where} ({ran['device_reason']})"))
+    times = report["second_ms"]
+    console.print(
+        f"{report['image']} pixels: " + ", ".join(f"{stage} {value:.1f} ms" for stage, value in times.items())
+    )

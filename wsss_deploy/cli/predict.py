@@ -1,0 +1,130 @@
+"""wsss-predict: segment images and write masks and overlays."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.output_names import output_names, replaceable
+from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
+from wsss_deploy.files import atomic_write
+from wsss_deploy.image_files import find_images
+from wsss_deploy.segmentation import write_png
+from wsss_deploy.segmenter import Segmenter
+
+RECORD = "predictions.json"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `wsss-predict`.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from the process.
+    """
+    parser = ArgumentParser(
+        "wsss-predict",
+        "Segment images. Writes NAME_mask.png (pixel values are class ids) and NAME_overlay.png for each, and "
+        f"{RECORD} with the classes' shares and the timing.",
+        "An image that cannot be used is reported at the end and does not stop the others; the exit status is then 1.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or quoted patterns")
+    parser.add_argument("--model", required=True, metavar="FILE", help="model.pt or model.onnx")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--opacity", type=float, default=0.5, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)"
+    )
+    parser.add_argument("--json", action="store_true", help=f"print the content of {RECORD} instead of a summary")
+    run_command(parser, _predict, argv)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    if not 0 <= arguments.opacity <= 1:
+        raise UsageError(f"--opacity {arguments.opacity}: expected a number from 0 to 1")
+    # Our own limit refuses too large images; Pillow's warning about merely large ones helps nobody here.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    out: Path = arguments.out
+    images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
+    if not images:
+        raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
+    names = output_names(images)
+    _check_targets(out, names)
+    segmenter = Segmenter(arguments.model, device=arguments.device)
+
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    console = Console(stderr=True)
+    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for image, name in zip(progress.track(images), names, strict=True):
+            try:
+                result = segmenter.predict(image)
+            except (ImageError, BackendError) as error:  # of this image; an ArtifactError would be of all
+                message = str(error) if str(image) in str(error) else f"{image}: {error}"
+                failed.append({"image": str(image), "error": message})
+                continue
+            mask, overlay = _targets(out, name)
+            write_png(mask, result.mask_image())
+            write_png(overlay, result.overlay(opacity=arguments.opacity))
+            done.append({"image": str(image), "mask": mask.name, "overlay": overlay.name, **result.summary()})
+
+    record = {"format": "wsss-predict", "runtime": segmenter.describe(), "images": done, "failed": failed}
+    text = json.dumps(record, indent=2) + "\n"
+    with atomic_write(out / RECORD) as file:
+        file.write(text.encode())
+    sys.stdout.write(text if arguments.json else _report(record, out))
+    for failure in failed:
+        sys.stderr.write(f"wsss-predict: {failure['error']}\n")
+    if failed:
+        sys.stderr.write(f"wsss-predict: {len(failed)} of {len(images)} images could not be segmented\n")
+    return 1 if failed else 0
+
+
+def _targets(out: Path, name: str) -> tuple[Path, Path]:
+    return out / f"{name}_mask.png", out / f"{name}_overlay.png"
+
+
+def _is_result(image: Path, out: Path) -> bool:
+    """Whether a file was written by an earlier run into the same folder."""
+    return (
+        image.stem.endswith(("_mask", "_overlay"))
+        and os.path.abspath(image.parent) == os.path.abspath(out)
+        and replaceable(image)
+    )
+
+
+def _check_targets(out: Path, names: Sequence[str]) -> None:
+    if out.exists() and not out.is_dir():
+        raise WsssError(f"{out}: is a file, expected a folder for the results; choose another --out")
+    targets = [out / RECORD, *(target for name in names for target in _targets(out, name))]
+    taken = [target.name for target in targets if target.exists() and not replaceable(target)]
+    if taken:
+        more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+        raise WsssError(
+            f"{out}: holds files that wsss-predict did not write and would overwrite ({', '.join(taken[:3])}{more}); "
+            "choose another --out"
+        )
+
+
+def _report(record: dict[str, Any], out: Path) -> str:
+    lines = []
+    for item in record["images"]:
+        shares = ", ".join(f"{entry['name']} {entry['share']:.1%}" for entry in item["classes"])
+        lines.append(f"{item['image']}  {sum(item['timing_ms'].values()):.0f} ms  {shares}")
+    runtime = record["runtime"]
+    lines.append(
+        f"{len(record['images'])} segmented with {runtime['model']} in {runtime['backend']} on {runtime['device']}; "
+        f"results in {out}"
+    )
+    return "\n".join(lines) + "\n"

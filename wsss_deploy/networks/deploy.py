@@ -1,0 +1,56 @@
+"""The network as it is deployed: bytes of an image in, probabilities and class ids out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsss_deploy.card import Preprocessing
+from wsss_deploy.networks.network import SegmentationNetwork
+
+
+class DeployedNetwork(nn.Module):
+    """Normalisation, padding, network, softmax and argmax in one module; this is what export traces.
+
+    Args:
+        network: Gives logits.
+        preprocessing: Normalisation and stride, from the card.
+    """
+
+    def __init__(self, network: SegmentationNetwork, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.stride = preprocessing.stride
+        mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
+        std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
+        # (value / 255 - mean) / std as one multiplication and one addition.
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", 1.0 / (255.0 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Segment images.
+
+        Args:
+            image: uint8 (N, H, W, 3), RGB; any H and W.
+
+        Returns:
+            Probabilities float32 (N, C, H, W), and class ids uint8 (N, H, W).
+        """
+        height, width = image.shape[1], image.shape[2]
+        padded = self._pad(image).permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift
+        logits = self.network(padded)
+        logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        scores = logits[:, :, :height, :width].float().softmax(dim=1)
+        return scores, scores.argmax(dim=1).to(torch.uint8)
+
+    def _pad(self, image: Tensor) -> Tensor:
+        # Edge values to the right and below, as indices: cheap on bytes, and any amount is allowed for any size.
+        for dim in (1, 2):
+            size = image.shape[dim]
+            padded = (size + self.stride - 1) // self.stride * self.stride  # not -(-a // b): ONNX divides towards zero
+            index = torch.arange(padded, device=image.device).clamp(max=size - 1)
+            image = image.index_select(dim, index)
+        return image

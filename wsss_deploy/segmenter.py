@@ -1,0 +1,184 @@
+"""Open a model and segment images with it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from wsss_deploy.artifact import check_path, read_card
+from wsss_deploy.backends import check_device_name, open_backend
+from wsss_deploy.backends.base import Backend
+from wsss_deploy.card import ModelCard
+from wsss_deploy.errors import ArtifactError, ImageError, UsageError
+from wsss_deploy.images import ImageSource, load_image
+from wsss_deploy.segmentation import Segmentation
+from wsss_deploy.sizing import network_size
+
+if TYPE_CHECKING:
+    from wsss_deploy.networks import SegmentationNetwork
+
+#: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more.
+BATCH_PIXELS = 2_000_000
+
+
+class Segmenter:
+    """A model that is ready to segment images.
+
+    One segmenter may be used from many threads at once: it holds no state that predicting changes, and both runtimes
+    allow concurrent inference. With several threads of one's own, a small `threads` avoids that they compete.
+
+    Args:
+        path: `model.pt` (needs torch) or `model.onnx` (needs onnxruntime).
+        device: "auto" takes a CUDA device if one really works, else the CPU; "cpu", "cuda" and "cuda:N" are taken
+            literally or fail.
+        backend: "auto" (by the kind of file), "torch" or "onnxruntime".
+        threads: CPU threads of one inference; None leaves the runtime's default. In torch this is a setting of the
+            whole process.
+
+    Raises:
+        ArtifactError: The file is absent, damaged or not ours.
+        BackendError: Its runtime is not installed or cannot run on that device.
+        UsageError: An argument is none of the known ones.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], device: str = "auto", backend: str = "auto", threads: int | None = None
+    ) -> None:
+        model = check_path(path)
+        self._source = model.name
+        self._card = read_card(model)
+        self._backend: Backend = open_backend(model, device, backend, threads)
+
+    @classmethod
+    def from_network(cls, network: SegmentationNetwork, card: ModelCard, device: str = "cpu") -> Self:
+        """Use a network that is already in memory, for example during training.
+
+        The network is not copied. It is moved to the device and switched to evaluation mode, here and at every
+        prediction: call `network.train()` before training on.
+
+        Args:
+            network: The network.
+            card: What the model's file would say.
+            device: As in the class.
+
+        Raises:
+            BackendError: The device does not work.
+        """
+        check_device_name(device)
+        from wsss_deploy.backends.torch_backend import TorchBackend
+
+        segmenter = cls.__new__(cls)
+        segmenter._source = "network in memory"
+        segmenter._card = card
+        segmenter._backend = TorchBackend(network, card, device)
+        return segmenter
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card: classes, palette, sizing, how it was trained."""
+        return self._card
+
+    def describe(self) -> dict[str, Any]:
+        """What really runs: model, runtime and its version, device or providers, precision, threads; plain data."""
+        return {"model": self._source, "classes": len(self._card.classes), **self._backend.describe()}
+
+    def predict(self, image: ImageSource) -> Segmentation:
+        """Segment one image.
+
+        Args:
+            image: Anything that `wsss_deploy.images.load_image` reads.
+
+        Returns:
+            The result; its mask has the size of the upright image.
+
+        Raises:
+            ImageError: The image cannot be used.
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+        """
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: Sequence[ImageSource]) -> list[Segmentation]:
+        """Segment several images; those of one size at the network go through it together.
+
+        Args:
+            images: Anything that `wsss_deploy.images.load_image` reads; a batch array is given as `list(array)`.
+
+        Returns:
+            The results in the order of the images.
+
+        Raises:
+            ImageError: One of the images cannot be used; it is named.
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+        """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise UsageError(f"predict_batch takes a list of images, found one {type(images).__name__}; use predict")
+        prepared: list[_Prepared] = []
+        for index, image in enumerate(images):
+            try:
+                prepared.append(self._prepare(image))
+            except ImageError as error:
+                if len(images) == 1:
+                    raise
+                raise ImageError(f"image {index + 1} of {len(images)}: {error}") from error
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, item in enumerate(prepared):
+            groups.setdefault(item.resized.shape[:2], []).append(index)
+        results: dict[int, Segmentation] = {}
+        for (height, width), members in groups.items():
+            count = max(1, BATCH_PIXELS // (height * width))
+            for start in range(0, len(members), count):
+                part = members[start : start + count]
+                results.update(zip(part, self._infer([prepared[index] for index in part]), strict=True))
+        return [results[index] for index in range(len(prepared))]
+
+    def _prepare(self, source: ImageSource) -> _Prepared:
+        start = time.perf_counter()
+        image = load_image(source)
+        height, width = network_size(image.shape[0], image.shape[1], self._card)
+        resized = image
+        if (height, width) != image.shape[:2]:
+            resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        return _Prepared(image, resized, _milliseconds(start))
+
+    def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
+        start = time.perf_counter()
+        scores = self._backend.run(np.stack([item.resized for item in batch]))
+        inference = _milliseconds(start) / len(batch)
+        expected = (len(batch), len(self._card.classes), *batch[0].resized.shape[:2])
+        if scores.shape != expected:
+            raise ArtifactError(
+                f"{self._source}: gave scores of shape {scores.shape}, its card promises {expected}; export it again"
+            )
+        return [self._result(item, part, inference) for item, part in zip(batch, scores, strict=True)]
+
+    def _result(self, item: _Prepared, scores: npt.NDArray[np.float32], inference: float) -> Segmentation:
+        start = time.perf_counter()
+        if not np.isfinite(scores).all():
+            raise ArtifactError(
+                f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
+                "training diverged: train it again, with a lower learning rate if that repeats"
+            )
+        timing = {"pre": item.milliseconds, "inference": inference, "refinement": 0.0, "post": 0.0}
+        result = Segmentation(scores, item.image, self._card.classes, self._card.palette, timing)
+        timing["post"] = _milliseconds(start)
+        return result
+
+
+class _Prepared(NamedTuple):
+    """An image, the same at the network's size, and how long that took."""
+
+    image: npt.NDArray[np.uint8]
+    resized: npt.NDArray[np.uint8]
+    milliseconds: float
+
+
+def _milliseconds(since: float) -> float:
+    return (time.perf_counter() - since) * 1e3

@@ -1,0 +1,38 @@
+"""The size at which the network sees an image."""
+
+from __future__ import annotations
+
+from wsss_deploy.card import ModelCard
+
+
+def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
+    """The size to which an image is resized before it goes into the network.
+
+    With `card.sizing.long_side`, the longer side becomes about that many pixels, whether this enlarges or reduces.
+    Without it, the image keeps its size unless its longer side exceeds `max_long_side`; then that is the target.
+    Whenever the size changes, both sides become the nearest multiple of the network's stride, at least one stride;
+    `max_long_side` is never exceeded unless one stride already does. A size that is kept is not rounded: the network
+    pads to its stride by itself and crops the result. The aspect ratio therefore changes a little, which thin
+    images (1 x 5000) feel most and which the result's way back to the image's size undoes.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        card: The model's card; `sizing` and the stride of its preprocessing are used.
+
+    Returns:
+        (height, width) in pixels.
+    """
+    sizing, stride = card.sizing, card.preprocessing.stride
+    longer = max(height, width)
+    if sizing.long_side is None and longer <= sizing.max_long_side:
+        return height, width
+    target = sizing.long_side or sizing.max_long_side
+    most = 10**9 if sizing.long_side else max(sizing.max_long_side // stride, 1)
+
+    def side(pixels: int) -> int:
+        # Halves go up, not to even (as round() would), so that equal sides of different images stay comparable.
+        strides = int(pixels * target / (longer * stride) + 0.5)
+        return min(max(strides, 1), most) * stride
+
+    return side(height), side(width)
