@@ -44,9 +44,7 @@ def compiled() -> None:
 def isa(request, compiled) -> str:
     tiny = np.zeros((1, 1, 2, 2), np.float32)
     try:
-        native.affinity(
-            PairwiseParameters(dilations=(1,)), tiny, np.empty((1, 8, 2, 2), np.float32), 1, request.param
-        )
+        native.affinity(PairwiseParameters(dilations=(1,)), tiny, np.empty((1, 8, 2, 2), np.float32), 1, request.param)
     except ValueError as error:
         pytest.skip(str(error))
     return request.param

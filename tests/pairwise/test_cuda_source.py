@@ -46,9 +46,7 @@ def test_nvrtc_compiles_and_assembles_it(case, storage, nvrtc):
     assert {name for name, _ in entries} == set(KERNELS)
     for name, arguments in entries:
         kinds = re.findall(r"\.param \.(\w+)", arguments)
-        pointers = {"wsss_pairwise_affinity": 1, "wsss_pairwise_step": 2, "wsss_pairwise_mean_field_step": 3}[
-            name
-        ]
+        pointers = {"wsss_pairwise_affinity": 1, "wsss_pairwise_step": 2, "wsss_pairwise_mean_field_step": 3}[name]
         # TensorRT's order: inputs, int32 sizes, output.
         assert kinds == ["u64"] * pointers + ["u32"] * 4 + ["u64"]
 

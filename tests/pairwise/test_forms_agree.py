@@ -29,9 +29,7 @@ def test_numpy_equals_torch(case, scene):
 def test_compiled_equals_reference_at_every_size(case, scene, compiled, height, width):
     data = scene(height=height, width=width)
     expected = reference.refine(*reversed(both(data)), case)
-    np.testing.assert_allclose(
-        refine(data.masks, data.guide, case, form="cpu"), expected, rtol=1e-9, atol=1e-12
-    )
+    np.testing.assert_allclose(refine(data.masks, data.guide, case, form="cpu"), expected, rtol=1e-9, atol=1e-12)
     weights = affinity(data.guide, case, form="cpu")
     np.testing.assert_allclose(weights, reference.affinity(both(data)[0], case), rtol=1e-9, atol=1e-12)
 
@@ -42,9 +40,7 @@ def test_compiled_takes_any_number_of_classes(scene, isa, classes):
     data = scene(classes=classes, channels=1, dtype=np.float32)
     out = np.empty_like(data.masks)
     native.refine(parameters, data.masks, data.guide, None, out, 1, isa)
-    np.testing.assert_allclose(
-        out, numpy_form.refine(data.masks, data.guide, parameters), rtol=2e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(out, numpy_form.refine(data.masks, data.guide, parameters), rtol=2e-5, atol=1e-7)
 
 
 def test_fused_refinement_equals_affinity_and_steps(case, scene, isa):

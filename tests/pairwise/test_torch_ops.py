@@ -32,9 +32,7 @@ def test_opcheck(cases, name, scene, form):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     guide_leaf, masks_leaf = guide.clone().requires_grad_(), masks.clone().requires_grad_()
     torch.library.opcheck(torch_ops.pairwise_affinity, (guide_leaf, text, form, 1), test_utils=tests)
-    torch.library.opcheck(
-        torch_ops.pairwise_step, (masks_leaf, weights, unary, text, form, 1), test_utils=tests
-    )
+    torch.library.opcheck(torch_ops.pairwise_step, (masks_leaf, weights, unary, text, form, 1), test_utils=tests)
     torch.library.opcheck(torch_ops.pairwise_refine, (masks, guide, text, form, 1), test_utils=tests[:3])
 
 

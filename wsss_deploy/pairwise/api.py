@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", "NDArray[np.floating]", "torch.Tensor")
 
 
-def affinity(
-    guide: Array, parameters: PairwiseParameters, *, form: str = "auto", threads: int | None = None
-) -> Array:
+def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto", threads: int | None = None) -> Array:
     """Weights of every pixel's neighbours.
 
     Args:
@@ -37,7 +35,7 @@ def affinity(
         UsageError: Wrong shapes or types, an unknown form.
         BackendError: A form asked for by name is not available.
     """
-    _check(guide=guide)
+    _check({"guide": guide})
     if isinstance(guide, np.ndarray):
         if _numpy_form(form, guide) == "numpy":
             return numpy_form.affinity(guide, parameters)
@@ -47,7 +45,7 @@ def affinity(
     from wsss_deploy.pairwise import torch_ops
 
     name, count = _torch_form(form, guide, threads)
-    return torch_ops.pairwise_affinity(guide, parameters.to_json(), name, count)
+    return cast("torch.Tensor", torch_ops.pairwise_affinity(guide, parameters.to_json(), name, count))
 
 
 def step(
@@ -76,14 +74,12 @@ def step(
         UsageError: Wrong shapes or types, an unknown form.
         BackendError: A form asked for by name is not available.
     """
-    _check(masks=masks, weights=weights, **({} if unary is None else {"unary": unary}))
+    _check({"masks": masks, "weights": weights, **({} if unary is None else {"unary": unary})})
     if (unary is None) != (parameters.mean_field is None):
         given = "no unary term" if unary is None else "a unary term"
         raise UsageError(f"{given} with mean_field {parameters.mean_field}: give both or neither")
     if weights.shape[1] != len(parameters.offsets):
-        raise UsageError(
-            f"weights have {weights.shape[1]} neighbours, the parameters {len(parameters.offsets)}"
-        )
+        raise UsageError(f"weights have {weights.shape[1]} neighbours, the parameters {len(parameters.offsets)}")
     if unary is not None and unary.shape != masks.shape:
         raise UsageError(f"unary is {_shape(unary)}, masks are {_shape(masks)}; both are (N, C, H, W)")
     if isinstance(masks, np.ndarray):
@@ -97,7 +93,7 @@ def step(
     from wsss_deploy.pairwise import torch_ops
 
     name, count = _torch_form(form, masks, threads)
-    return torch_ops.pairwise_step(masks, weights, unary, parameters.to_json(), name, count)
+    return cast("torch.Tensor", torch_ops.pairwise_step(masks, weights, unary, parameters.to_json(), name, count))
 
 
 def refine(
@@ -124,7 +120,7 @@ def refine(
         UsageError: Wrong shapes or types, an unknown form.
         BackendError: A form asked for by name is not available.
     """
-    _check(resized=True, masks=masks, guide=guide)
+    _check({"masks": masks, "guide": guide}, resized=True)
     height, width = guide.shape[2:]
     if isinstance(masks, np.ndarray):
         name = _numpy_form(form, masks)
@@ -144,7 +140,7 @@ def refine(
     masks = reference.resize(masks, height, width)
     wants_gradient = torch.is_grad_enabled() and (masks.requires_grad or guide.requires_grad)
     if not wants_gradient and not torch.compiler.is_exporting():
-        return torch_ops.pairwise_refine(masks, guide, parameters.to_json(), name, count)
+        return cast("torch.Tensor", torch_ops.pairwise_refine(masks, guide, parameters.to_json(), name, count))
     text = parameters.to_json()
     weights = torch_ops.pairwise_affinity(guide, text, name, count)
     unary = reference.unary_of(masks, parameters)
@@ -165,7 +161,7 @@ def _torch_form(form: str, tensor: torch.Tensor, threads: int | None) -> tuple[s
     return chosen.name, threads or torch.get_num_threads()
 
 
-def _check(resized: bool = False, **arrays: Any) -> None:
+def _check(arrays: dict[str, Any], *, resized: bool = False) -> None:
     """Same library, same floating type, four axes, same batch and (unless `resized`) same size."""
     (first_name, first), *others = arrays.items()
     for name, array in arrays.items():

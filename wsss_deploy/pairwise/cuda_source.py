@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from importlib.resources import files
+from typing import Any
 
 from wsss_deploy.errors import BackendError
 from wsss_deploy.pairwise.parameters import PairwiseParameters
@@ -27,9 +28,7 @@ def definitions(parameters: PairwiseParameters, storage: str = "float") -> str:
     position = [parameters.second * beta for beta in parameters.position_weights()]
     terms = [
         "{"
-        + _numbers(
-            (t.weight, *(0 if s is None else s**-2 for s in (t.sigma_xy, t.sigma_rgb, t.sigma_features)))
-        )
+        + _numbers((t.weight, *(0 if s is None else s**-2 for s in (t.sigma_xy, t.sigma_rgb, t.sigma_features))))
         + "}"
         for t in parameters.terms
     ]
@@ -76,33 +75,27 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
         from cuda.bindings import nvrtc
         from cuda.pathfinder import find_nvidia_header_directory
     except ImportError as error:
-        raise BackendError(
-            f"the CUDA form needs NVRTC ({error}); pip install 'cuda-bindings[all]'"
-        ) from error
+        raise BackendError(f"the CUDA form needs NVRTC ({error}); pip install 'cuda-bindings[all]'") from error
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
     headers = find_nvidia_header_directory("cudart")
     if headers:
         options.append(f"--include-path={headers}")
     try:
-        program = _checked(
-            nvrtc.nvrtcCreateProgram(source(parameters, storage).encode(), b"pairwise.cu", 0, [], [])
-        )
+        program = _checked(nvrtc.nvrtcCreateProgram(source(parameters, storage).encode(), b"pairwise.cu", 0, [], []))
     except RuntimeError as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
     nvrtc.nvrtcGetProgramLog(program, log)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendError(
-            f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}"
-        )
-    result = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
+        raise BackendError(f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}")
+    result: bytes = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
     nvrtc.nvrtcGetPTX(program, result)
     nvrtc.nvrtcDestroyProgram(program)
     return result
 
 
-def _checked(answer: tuple[object, ...]) -> object:
+def _checked(answer: tuple[Any, Any]) -> Any:
     status, value = answer
     if getattr(status, "name", "") != "NVRTC_SUCCESS":
         raise RuntimeError(str(status))

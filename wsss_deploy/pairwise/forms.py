@@ -9,9 +9,7 @@ from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.pairwise import native
 
 FORMS = ("cpu", "torch", "numpy")
-_REBUILD = (
-    "install a C++20 compiler (GCC or Clang) and run 'pip install --force-reinstall --no-deps wsss-deploy'"
-)
+_REBUILD = "install a C++20 compiler (GCC or Clang) and run 'pip install --force-reinstall --no-deps wsss-deploy'"
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
         BackendError: A form asked for by name that is not available; the message has the remedy.
     """
     if form not in ("auto", *FORMS):
-        raise UsageError(
-            f"there is no form {form!r} of the pairwise operator; known: auto, {', '.join(FORMS)}"
-        )
+        raise UsageError(f"there is no form {form!r} of the pairwise operator; known: auto, {', '.join(FORMS)}")
     table = {item.name: item for item in forms()}
     plain = "torch" if is_torch else "numpy"
     obstacle = None
@@ -67,9 +63,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
             return table["cpu"]
         return Form(plain, True, obstacle or table["cpu"].reason)
     if form == "cpu" and obstacle is not None:
-        raise UsageError(
-            f"form 'cpu' was asked for, but {obstacle}; move or convert them, or use form 'auto'"
-        )
+        raise UsageError(f"form 'cpu' was asked for, but {obstacle}; move or convert them, or use form 'auto'")
     if form not in ("cpu", plain):
         given = "torch tensors" if is_torch else "numpy arrays"
         raise UsageError(f"form {form!r} was asked for with {given}; use 'cpu', {plain!r} or 'auto'")

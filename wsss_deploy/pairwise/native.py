@@ -7,6 +7,7 @@ threads gives the same bits. NaN and infinity behave as in the reference.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,10 @@ _KINDS = ("par", "varm", "gaussian")
 def load() -> tuple[ModuleType | None, str]:
     """The extension, or None, and in both cases one line that says why."""
     try:
-        from wsss_deploy.pairwise import _cpu
+        module = importlib.import_module("wsss_deploy.pairwise._cpu")
     except ImportError as error:
         return None, f"compiled kernels are not in this installation ({error})"
-    return _cpu, f"compiled kernels, instruction set {_cpu.instruction_set()}"
+    return module, f"compiled kernels, instruction set {module.instruction_set()}"
 
 
 def default_threads() -> int:
@@ -31,9 +32,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def affinity(
-    parameters: PairwiseParameters, guide: Any, weights: Any, threads: int, isa: str = "auto"
-) -> None:
+def affinity(parameters: PairwiseParameters, guide: Any, weights: Any, threads: int, isa: str = "auto") -> None:
     """Write the weights (N, K, H, W) of a guide (N, G, H, W)."""
     _module().affinity(_plan(parameters), guide, weights, threads, isa)
 

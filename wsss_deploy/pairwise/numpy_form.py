@@ -49,9 +49,7 @@ def affinity(guide: Floats, parameters: PairwiseParameters) -> Floats:
     return weights
 
 
-def step(
-    masks: Floats, weights: Floats, parameters: PairwiseParameters, unary: Floats | None = None
-) -> Floats:
+def step(masks: Floats, weights: Floats, parameters: PairwiseParameters, unary: Floats | None = None) -> Floats:
     """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
     neighbours = _Neighbours(masks, parameters)
     total = np.zeros_like(masks)
@@ -116,9 +114,7 @@ def _softmax(values: Floats) -> Floats:
     return values
 
 
-def _gaussian(
-    guide: Floats, neighbours: _Neighbours, weights: Floats, parameters: PairwiseParameters
-) -> Floats:
+def _gaussian(guide: Floats, neighbours: _Neighbours, weights: Floats, parameters: PairwiseParameters) -> Floats:
     height, width = guide.shape[2:]
     y, x = np.arange(height)[:, None], np.arange(width)[None, :]
     for k, (dy, dx) in enumerate(parameters.offsets):
@@ -141,4 +137,5 @@ def _term(term: GaussianTerm, square: Floats, dy: int, dx: int) -> Floats:
         exponent += square[:, :3].sum(1) / term.sigma_rgb**2
     if term.sigma_features is not None:
         exponent += square[:, 3:].sum(1) / term.sigma_features**2
-    return term.weight * np.exp(-0.5 * exponent)
+    weights: Floats = term.weight * np.exp(-0.5 * exponent)
+    return weights

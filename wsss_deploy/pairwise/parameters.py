@@ -92,9 +92,7 @@ class PairwiseParameters(_Plain):
         if (self.kind == "gaussian") != bool(self.terms):
             raise ValueError("kind 'gaussian' needs terms, the other kinds take none")
         if self.kind == "gaussian" and (self.bandwidth is not None or self.second_weight is not None):
-            raise ValueError(
-                "kind 'gaussian' takes its constants from its terms, not bandwidth or second_weight"
-            )
+            raise ValueError("kind 'gaussian' takes its constants from its terms, not bandwidth or second_weight")
         return self
 
     @property

@@ -51,9 +51,7 @@ def affinity(guide: Tensor, parameters: PairwiseParameters) -> Tensor:
     return (alpha - parameters.second * tau) * parameters.scale
 
 
-def step(
-    masks: Tensor, weights: Tensor, parameters: PairwiseParameters, unary: Tensor | None = None
-) -> Tensor:
+def step(masks: Tensor, weights: Tensor, parameters: PairwiseParameters, unary: Tensor | None = None) -> Tensor:
     """m'(p) = sum_k w_k(p) m(clamp(p + o_k)), or softmax over channels of unary + compatibility * that sum.
 
     Args:

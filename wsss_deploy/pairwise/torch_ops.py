@@ -68,9 +68,7 @@ def _(guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
 
 
 @pairwise_step.register_fake
-def _(
-    masks: Tensor, weights: Tensor, unary: Tensor | None, parameters: str, form: str, threads: int
-) -> Tensor:
+def _(masks: Tensor, weights: Tensor, unary: Tensor | None, parameters: str, form: str, threads: int) -> Tensor:
     return masks.new_empty(masks.shape)
 
 
@@ -100,9 +98,7 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(masks, weights, *([output] if ctx.mean_field else []))
 
 
-def _step_backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
     masks, weights, *outputs = ctx.saved_tensors
     settings = parse(ctx.parameters)
     grad_unary = None
