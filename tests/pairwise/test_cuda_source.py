@@ -1,0 +1,84 @@
+"""The CUDA program without a GPU: it compiles and assembles, and its code, run on the CPU, gives the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from wsss_deploy.pairwise import numpy_form
+from wsss_deploy.pairwise.cuda_source import KERNELS, ptx, source
+
+# What g++ needs to take a CUDA program for C++, and a loop in place of the grid.
+EMULATION = """
+struct Index { unsigned x; };
+static Index blockIdx, blockDim = {1}, threadIdx;
+#define __global__
+#define __device__
+#define __constant__ static const
+"""
+GRID = """
+extern "C" void affinity(const float* g, int n, int c, int h, int w, float* out) {
+  for (blockIdx.x = 0; blockIdx.x < unsigned(n * h * w) + 3; ++blockIdx.x) wsss_pairwise_affinity(g, n, c, h, w, out);
+}
+extern "C" void step(const float* m, const float* a, const float* u, int n, int c, int h, int w, float* out) {
+  for (blockIdx.x = 0; blockIdx.x < unsigned(n * h * w) + 3; ++blockIdx.x)
+    if (u) wsss_pairwise_mean_field_step(m, a, u, n, c, h, w, out);
+    else wsss_pairwise_step(m, a, n, c, h, w, out);
+}
+"""
+
+
+@pytest.fixture
+def nvrtc():
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings with NVRTC")
+
+
+@pytest.mark.parametrize("storage", ["float", "__half"])
+def test_nvrtc_compiles_and_assembles_it(case, storage, nvrtc):
+    # A real architecture makes NVRTC run its assembler as well.
+    text = ptx(case, storage, "sm_90").decode()
+    entries = re.findall(r"\.entry (\w+)\(([^)]*)\)", text)
+    assert {name for name, _ in entries} == set(KERNELS)
+    for name, arguments in entries:
+        kinds = re.findall(r"\.param \.(\w+)", arguments)
+        pointers = {"wsss_pairwise_affinity": 1, "wsss_pairwise_step": 2, "wsss_pairwise_mean_field_step": 3}[name]
+        # TensorRT's order: inputs, int32 sizes, output.
+        assert kinds == ["u64"] * pointers + ["u32"] * 4 + ["u64"]
+
+
+def test_its_arithmetic_run_on_the_cpu_equals_the_reference(case, scene, tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    (tmp_path / "program.cpp").write_text(EMULATION + source(case) + GRID)
+    library = tmp_path / "program.so"
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        str(tmp_path / "program.cpp"),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True)
+    program = ctypes.CDLL(str(library))
+    data = scene(classes=11, height=9, width=13, dtype=np.float32)
+    unary = numpy_form.unary_of(data.masks, case)
+
+    def pointer(array):
+        return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
+
+    weights = np.empty((2, len(case.offsets), 9, 13), np.float32)
+    program.affinity(pointer(data.guide), 2, 4, 9, 13, pointer(weights))
+    np.testing.assert_allclose(weights, numpy_form.affinity(data.guide, case), rtol=2e-4, atol=1e-6)
+    out = np.empty_like(data.masks)
+    program.step(pointer(data.masks), pointer(weights), pointer(unary), 2, 11, 9, 13, pointer(out))
+    np.testing.assert_allclose(out, numpy_form.step(data.masks, weights, case, unary), rtol=2e-5, atol=1e-6)

@@ -1,0 +1,79 @@
+"""The C++ under the address and undefined-behaviour sanitisers, in a program of its own (no Python to instrument)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "wsss_deploy" / "pairwise" / "csrc"
+PROGRAM = r"""
+#include "driver.h"
+#include <cmath>
+#include <cstdio>
+#include <vector>
+using namespace wsss;
+template <class S> double all(Kind kind, int H, int W, int C, int G, int reach, int threads, int steps) {
+  Plan plan{kind, {}, {}, {}, {{0.5, 0.1, 2, 3}}, 0.3, 0.01, 1, true, reach};
+  for (int d : {1, reach})
+    for (int k = 0; k < 9; ++k)
+      if (k != 4) {
+        plan.dy.push_back(d * (k / 3 - 1));
+        plan.dx.push_back(d * (k % 3 - 1));
+        plan.position.push_back(0.001);
+      }
+  const int K = plan.count(), N = 2;
+  std::vector<S> guide(N * G * H * W), masks(N * C * H * W), weights(N * K * H * W), out(N * C * H * W);
+  for (size_t i = 0; i < guide.size(); ++i) guide[i] = S(i * 37 % 11) / 11;
+  for (size_t i = 0; i < masks.size(); ++i) masks[i] = S(i * 29 % 7) / 7;
+  if (W > 5) { guide[3] = S(INFINITY); guide[7] = S(NAN); masks[5] = S(NAN); }
+  double sum = 0;
+  for (const char* isa : {"base", "avx2", "avx512"}) {
+    const Kernels<S>* kernels = kernels_named<S>(isa);
+    if (!kernels) continue;
+    const Shape shape{N, C, G, H, W};
+    affinity<S>(plan, *kernels, shape, guide.data(), weights.data(), threads);
+    step<S>(plan, *kernels, shape, masks.data(), weights.data(), nullptr, 0, out.data(), threads);
+    refine<S>(plan, *kernels, shape, masks.data(), guide.data(), masks.data(), 0.5, steps, out.data(), threads);
+    for (S value : out) sum += std::isfinite(value) ? double(value) : 0;
+  }
+  return sum;
+}
+int main() {
+  double sum = 0;
+  for (Kind kind : {Kind::par, Kind::varm, Kind::gaussian})
+    for (int threads : {1, 3})
+      for (auto [h, w] : {std::pair{1, 1}, {3, 17}, {20, 33}, {2, 600}})
+        sum += all<float>(kind, h, w, 25, 4, 24, threads, 3) + all<double>(kind, h, w, 2, 1, 5, threads, 1);
+  std::printf("%g\n", sum);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_report_from_the_sanitizers(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None or os.uname().machine != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    (tmp_path / "program.cpp").write_text(PROGRAM)
+    flags = ["-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DWSSS_X86"]
+    sets = {
+        "kernels_avx2": ["-mavx2", "-mfma"],
+        "kernels_avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"],
+    }
+    objects = []
+    for name in ("driver", "kernels_base", *sets):
+        objects.append(str(tmp_path / f"{name}.o"))
+        command = [compiler, *flags, *sets.get(name, []), "-c", str(SOURCE / f"{name}.cpp"), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    program = str(tmp_path / "program")
+    subprocess.run(
+        [compiler, *flags, f"-I{SOURCE}", str(tmp_path / "program.cpp"), *objects, "-o", program, "-pthread"],
+        check=True,
+    )
+    done = subprocess.run([program], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wsss_deploy.pairwise import PairwiseParameters, affinity, refine, step, torch_ops
+
+FORMS = ["cpu", "torch"]
+
+
+@pytest.fixture(params=FORMS)
+def form(request) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("compiled")
+    return request.param
+
+
+def tensors(scene, **sizes):
+    data = scene(batch=1, classes=2, height=5, width=6, **sizes)
+    noise = torch.from_numpy(scene(batch=1, height=7, width=9, seed=1).guide)[:, :, 2:, 3:]
+    return noise.contiguous(), torch.from_numpy(data.masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["par", "mean-field"])
+def test_opcheck(cases, name, scene, form):
+    case = cases[name]
+    guide, masks = tensors(scene)
+    text = case.to_json()
+    weights = affinity(guide, case)
+    unary = masks.clone() if case.mean_field else None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    guide_leaf, masks_leaf = guide.clone().requires_grad_(), masks.clone().requires_grad_()
+    torch.library.opcheck(torch_ops.pairwise_affinity, (guide_leaf, text, form, 1), test_utils=tests)
+    torch.library.opcheck(torch_ops.pairwise_step, (masks_leaf, weights, unary, text, form, 1), test_utils=tests)
+    torch.library.opcheck(torch_ops.pairwise_refine, (masks, guide, text, form, 1), test_utils=tests[:3])
+
+
+def test_gradients_of_a_step(case, scene, form):
+    guide, masks = tensors(scene)
+    weights = affinity(guide, case)
+    inputs = [masks.requires_grad_(), weights.requires_grad_()]
+    if case.mean_field:
+        inputs.append(masks.detach().log().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda m, w, u=None: step(m, w, case, u, form=form), inputs, fast_mode=True, atol=1e-6
+    )
+
+
+def test_gradients_of_the_affinity(case, scene, form):
+    guide, _ = tensors(scene)
+    assert torch.autograd.gradcheck(
+        lambda g: affinity(g, case, form=form), (guide.requires_grad_(),), fast_mode=True, atol=1e-5
+    )
+
+
+def test_gradient_is_zero_not_nan_where_the_guide_is_flat(scene):
+    guide = torch.full((1, 3, 9, 9), 0.5, requires_grad=True)
+    affinity(guide, PairwiseParameters(dilations=(1, 2))).square().sum().backward()
+    assert torch.equal(guide.grad, torch.zeros_like(guide))
+
+
+def test_gradients_flow_through_the_resize(scene):
+    guide, masks = tensors(scene)
+    masks = masks[:, :, ::2, ::2].clone().requires_grad_()
+    refine(masks, guide, PairwiseParameters(dilations=(1, 2), iterations=2)).sum().backward()
+    assert masks.grad is not None
+    # Every pixel's weights add up to 1.01, so two steps multiply the sum of all values' gradients by 1.01^2.
+    assert masks.grad.sum().item() == pytest.approx(1.01**2 * guide.shape[2] * guide.shape[3] * 2, rel=1e-6)
+
+
+def test_refinement_of_inputs_with_gradients_equals_that_without(case, scene, form):
+    guide, masks = tensors(scene)
+    plain = refine(masks, guide, case, form=form)
+    torch.testing.assert_close(refine(masks.requires_grad_(), guide, case, form=form), plain)
+
+
+def test_export_keeps_the_nodes_with_dynamic_sizes(scene):
+    parameters = PairwiseParameters(dilations=(1, 2), iterations=3)
+
+    class Network(torch.nn.Module):
+        def forward(self, masks, guide):
+            return refine(masks, guide, parameters)
+
+    guide, masks = tensors(scene)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    two = torch.cat([masks, masks]), torch.cat([guide, guide])
+    program = torch.export.export(Network(), two, dynamic_shapes=(sizes, sizes))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert names.count("wsss.pairwise_affinity.default") == 1
+    assert names.count("wsss.pairwise_step.default") == 3
+    other = torch.rand(3, 2, 8, 11, dtype=torch.float64), torch.rand(3, 4, 8, 11, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(*other), refine(*other, parameters))

@@ -1,0 +1,217 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "arithmetic.h"
+#include "team.h"
+
+namespace wsss {
+namespace {
+
+constexpr int line_bytes = 64;
+
+template <class S>
+int round_up(int value, int unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+// A packed image that owns its memory; `reach` + 1 columns either side can be read around any block.
+template <class S>
+struct Image : Packed<S> {
+  Image(int channels, int height, int width, int reach, int lanes) {
+    const int line = line_bytes / int(sizeof(S));
+    this->channels = channels;
+    this->height = height;
+    this->width = width;
+    this->left = round_up<S>(reach + 1, line);
+    int lines = (this->left + round_up<S>(width, std::max(lanes, line)) + reach + 1 + line - 1) / line;
+    lines += lines % 2 == 0;
+    this->pitch = std::ptrdiff_t(lines) * line;
+    memory = Buffer<S>(std::size_t(this->pitch) * std::size_t(channels) * std::size_t(height));
+    this->data = memory.get();
+  }
+
+  // Edge values beside the row y, up to the pitch's end.
+  void fill_left(int y) const {
+    for (int c = 0; c < this->channels; ++c) {
+      S* row = this->row(y, c);
+      std::fill(row - this->left, row, row[0]);
+    }
+  }
+  void fill_right(int y) const {
+    for (int c = 0; c < this->channels; ++c) {
+      S* row = this->row(y, c);
+      std::fill(row + this->width, row - this->left + this->pitch, row[this->width - 1]);
+    }
+  }
+  // Row y from a contiguous (channels, H, W) array.
+  void pack(const S* from, int y) const {
+    for (int c = 0; c < this->channels; ++c)
+      std::memcpy(this->row(y, c), from + (std::ptrdiff_t(c) * this->height + y) * this->width,
+                  sizeof(S) * std::size_t(this->width));
+    fill_left(y);
+    fill_right(y);
+  }
+  RowTarget<S> target(int y) const { return {this->row(y, 0), this->pitch, int(this->pitch) - this->left}; }
+
+  Buffer<S> memory;
+};
+
+// Images are worked through in strips of this many columns, so that the rows which a row's neighbours lie in stay in
+// the cache until the next row needs them.
+constexpr int strip_columns = 512;
+
+template <class S>
+RowTarget<S> planar(S* out, int height, int width, int y) {
+  return {out + std::ptrdiff_t(y) * width, std::ptrdiff_t(height) * width, width};
+}
+
+}  // namespace
+
+template <class S>
+void affinity(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* guide, S* weights, int threads) {
+  const int height = shape.height, width = shape.width, lanes = kernels.lanes, count = plan.count();
+  const std::ptrdiff_t plane = std::ptrdiff_t(height) * width;
+  const int blocks = (width + lanes - 1) / lanes;
+  const Image<S> packed(shape.guide_channels, height, width, plan.reach, lanes);
+  const std::size_t block_size = std::size_t(count) * std::size_t(lanes);
+  const Buffer<S> scratch(2 * block_size * std::size_t(threads));
+  run_team(threads, [&](Member member) {
+    S* block_weights = scratch.get() + 2 * block_size * std::size_t(member.index);
+    for (int n = 0; n < shape.batch; ++n) {
+      for (int y = member.first(height); y < member.last(height); ++y)
+        packed.pack(guide + n * shape.guide_channels * plane, y);
+      member.meet();
+      for (int y = member.first(height); y < member.last(height); ++y)
+        for (int block = 0; block < blocks; ++block) {
+          kernels.affinity(plan, packed, y, block, block + 1, block_weights, block_weights + block_size);
+          const int x = block * lanes;
+          const std::size_t bytes = sizeof(S) * std::size_t(std::min(lanes, width - x));
+          S* to = weights + n * count * plane + std::ptrdiff_t(y) * width + x;
+          for (int k = 0; k < count; ++k) std::memcpy(to + k * plane, block_weights + k * lanes, bytes);
+        }
+      member.meet();
+    }
+  });
+}
+
+template <class S>
+void step(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* masks, const S* weights, const S* unary,
+          double compatibility, S* out, int threads) {
+  const int height = shape.height, width = shape.width, lanes = kernels.lanes, count = plan.count();
+  const std::ptrdiff_t plane = std::ptrdiff_t(height) * width;
+  const int blocks = (width + lanes - 1) / lanes, strip = strip_columns / lanes;
+  const Image<S> packed(shape.channels, height, width, plan.reach, lanes);
+  const std::size_t strip_size = std::size_t(count) * std::size_t(lanes) * std::size_t(std::min(strip, blocks));
+  const Buffer<S> scratch(strip_size * std::size_t(threads));
+  run_team(threads, [&](Member member) {
+    S* own = scratch.get() + strip_size * std::size_t(member.index);
+    for (int n = 0; n < shape.batch; ++n) {
+      const std::ptrdiff_t start = std::ptrdiff_t(n) * shape.channels * plane;
+      for (int y = member.first(height); y < member.last(height); ++y) packed.pack(masks + start, y);
+      member.meet();
+      for (int first = 0; first < blocks; first += strip) {
+        const int last = std::min(first + strip, blocks);
+        for (int y = member.first(height); y < member.last(height); ++y) {
+          for (int k = 0; k < count; ++k)
+            for (int block = first; block < last; ++block) {
+              const int x = block * lanes, room = std::min(lanes, width - x);
+              S* to = own + (std::ptrdiff_t(block - first) * count + k) * lanes;
+              std::memcpy(to, weights + (std::ptrdiff_t(n) * count + k) * plane + std::ptrdiff_t(y) * width + x,
+                          sizeof(S) * std::size_t(room));
+              std::fill(to + room, to + lanes, S(0));
+            }
+          const RowTarget<S> target = planar(out + start, height, width, y);
+          kernels.step(plan, packed, y, first, last, own, nullptr, target);
+          if (unary)
+            kernels.softmax(shape.channels, width, first, last, unary + start + std::ptrdiff_t(y) * width, plane,
+                            compatibility, target);
+        }
+      }
+      member.meet();
+    }
+  });
+}
+
+template <class S>
+void refine(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* masks, const S* guide, const S* unary,
+            double compatibility, int iterations, S* out, int threads) {
+  const int height = shape.height, width = shape.width, lanes = kernels.lanes, count = plan.count();
+  const std::ptrdiff_t plane = std::ptrdiff_t(height) * width;
+  const std::ptrdiff_t size = shape.channels * plane;
+  if (iterations == 0) {
+    std::memcpy(out, masks, sizeof(S) * std::size_t(size) * std::size_t(shape.batch));
+    return;
+  }
+  const int blocks = (width + lanes - 1) / lanes, strip = strip_columns / lanes;
+  const std::size_t block_size = std::size_t(count) * std::size_t(lanes);
+  const Image<S> packed_guide(shape.guide_channels, height, width, plan.reach, lanes);
+  const Image<S> even(shape.channels, height, width, plan.reach, lanes);
+  const Image<S> odd(shape.channels, iterations > 1 ? height : 0, width, plan.reach, lanes);
+  const Buffer<S> weights(block_size * std::size_t(blocks) * std::size_t(height));
+  const Buffer<S> scratch(block_size * std::size_t(threads));
+  run_team(threads, [&](Member member) {
+    S* own = scratch.get() + block_size * std::size_t(member.index);
+    const int top = member.first(height), bottom = member.last(height);
+    for (int n = 0; n < shape.batch; ++n) {
+      for (int y = top; y < bottom; ++y) {
+        packed_guide.pack(guide + n * shape.guide_channels * plane, y);
+        even.pack(masks + n * size, y);
+      }
+      member.meet();
+      for (int t = 0; t < iterations; ++t) {
+        const Image<S>&from = t % 2 ? odd : even, &to = t % 2 ? even : odd;
+        const bool final = t + 1 == iterations;
+        for (int first = 0; first < blocks; first += strip) {
+          const int last = std::min(first + strip, blocks);
+          for (int y = top; y < bottom; ++y) {
+            S* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
+            // The first step computes the weights that it uses; they are still in the cache.
+            if (t == 0) kernels.affinity(plan, packed_guide, y, first, last, w, own);
+            const RowTarget<S> target = final ? planar(out + n * size, height, width, y) : to.target(y);
+            const S* next = t == 0 || y + 1 == bottom ? nullptr : w + block_size * std::size_t(blocks);
+            kernels.step(plan, from, y, first, last, w, next, target);
+            if (unary)
+              kernels.softmax(shape.channels, width, first, last, unary + n * size + std::ptrdiff_t(y) * width, plane,
+                              compatibility, target);
+            if (final) continue;
+            if (first == 0) to.fill_left(y);
+            if (last == blocks) to.fill_right(y);
+          }
+        }
+        member.meet();
+      }
+    }
+  });
+}
+
+template <class S>
+const Kernels<S>* kernels_named(const char* name) {
+  if (!std::strcmp(name, "auto")) name = best_instruction_set();
+  if (!std::strcmp(name, "base")) return &kernels_base<S>();
+#ifdef WSSS_X86
+  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return &kernels_avx2<S>();
+  if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    return &kernels_avx512<S>();
+#endif
+  return nullptr;
+}
+
+const char* best_instruction_set() {
+  for (const char* name : {"avx512", "avx2"})
+    if (kernels_named<float>(name)) return name;
+  return "base";
+}
+
+#define WSSS_INSTANTIATE(S)                                                                                        \
+  template void affinity<S>(const Plan&, const Kernels<S>&, Shape, const S*, S*, int);                             \
+  template void step<S>(const Plan&, const Kernels<S>&, Shape, const S*, const S*, const S*, double, S*, int);     \
+  template void refine<S>(const Plan&, const Kernels<S>&, Shape, const S*, const S*, const S*, double, int, S*, int); \
+  template const Kernels<S>* kernels_named<S>(const char*);
+WSSS_INSTANTIATE(float)
+WSSS_INSTANTIATE(double)
+
+}  // namespace wsss

@@ -1,0 +1,4 @@
+#define WSSS_BYTES 32
+#define WSSS_CHANNELS 12
+#define WSSS_TABLE kernels_avx2
+#include "kernels.inc"

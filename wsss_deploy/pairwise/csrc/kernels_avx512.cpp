@@ -1,0 +1,4 @@
+#define WSSS_BYTES 64
+#define WSSS_CHANNELS 24
+#define WSSS_TABLE kernels_avx512
+#include "kernels.inc"

@@ -1,0 +1,107 @@
+"""The CUDA form's source for given parameters, and its PTX by NVRTC (cuda-bindings); neither needs a GPU.
+
+Kernels: `wsss_pairwise_affinity(guide, N, G, H, W, weights)`, `wsss_pairwise_step(masks, weights, N, C, H, W, out)`,
+`wsss_pairwise_mean_field_step(masks, weights, unary, N, C, H, W, out)`; sizes are int32, one thread a pixel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from importlib.resources import files
+from typing import Any
+
+from wsss_deploy.errors import BackendError
+from wsss_deploy.pairwise.parameters import PairwiseParameters
+
+_KINDS = ("par", "varm", "gaussian")
+KERNELS = ("wsss_pairwise_affinity", "wsss_pairwise_step", "wsss_pairwise_mean_field_step")
+
+
+def definitions(parameters: PairwiseParameters, storage: str = "float") -> str:
+    """The preprocessor lines that make `pairwise.cu` a program for these parameters.
+
+    Args:
+        parameters: What is compiled in.
+        storage: Type of the arrays, "float" or "__half"; sums are in float.
+    """
+    position = [parameters.second * beta for beta in parameters.position_weights()]
+    terms = [
+        "{"
+        + _numbers((t.weight, *(0 if s is None else s**-2 for s in (t.sigma_xy, t.sigma_rgb, t.sigma_features))))
+        + "}"
+        for t in parameters.terms
+    ]
+    values = {
+        "KIND": _KINDS.index(parameters.kind),
+        "COUNT": len(parameters.offsets),
+        "DY": ", ".join(str(dy) for dy, _ in parameters.offsets),
+        "DX": ", ".join(str(dx) for _, dx in parameters.offsets),
+        "POSITION": _numbers(position),
+        "TERMS": ", ".join(terms),
+        "TERM_COUNT": len(terms),
+        "BANDWIDTH": _numbers([parameters.contrast]),
+        "SECOND": _numbers([parameters.second]),
+        "SCALE": _numbers([parameters.scale]),
+        "NORMALISE": int(parameters.normalise),
+        "COMPATIBILITY": _numbers([parameters.mean_field.compatibility if parameters.mean_field else 0.0]),
+        "STORAGE": storage,
+    }
+    lines = ["#include <cuda_fp16.h>"] if storage == "__half" else []
+    return "\n".join([*lines, *(f"#define WSSS_{name} {value}" for name, value in values.items()), ""])
+
+
+def source(parameters: PairwiseParameters, storage: str = "float") -> str:
+    """The whole program in one text, header included."""
+    folder = files("wsss_deploy.pairwise") / "csrc"
+    header = (folder / "arithmetic.h").read_text().replace("#pragma once", "")
+    program = (folder / "pairwise.cu").read_text().replace('#include "arithmetic.h"', header)
+    return definitions(parameters, storage) + program
+
+
+@functools.lru_cache(maxsize=16)
+def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: str = "compute_80") -> bytes:
+    """The program's PTX.
+
+    Args:
+        parameters: What is compiled in.
+        storage: Type of the arrays, "float" or "__half".
+        architecture: The least that the code runs on; drivers compile PTX for newer GPUs.
+
+    Raises:
+        BackendError: cuda-bindings or NVRTC are not installed, or the program does not compile.
+    """
+    try:
+        from cuda.bindings import nvrtc
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:
+        raise BackendError(f"the CUDA form needs NVRTC ({error}); pip install 'cuda-bindings[all]'") from error
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
+    headers = find_nvidia_header_directory("cudart")
+    if headers:
+        options.append(f"--include-path={headers}")
+    try:
+        program = _checked(nvrtc.nvrtcCreateProgram(source(parameters, storage).encode(), b"pairwise.cu", 0, [], []))
+    except RuntimeError as error:
+        raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BackendError(f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}")
+    result: bytes = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
+    nvrtc.nvrtcGetPTX(program, result)
+    nvrtc.nvrtcDestroyProgram(program)
+    return result
+
+
+def _checked(answer: tuple[Any, Any]) -> Any:
+    status, value = answer
+    if getattr(status, "name", "") != "NVRTC_SUCCESS":
+        raise RuntimeError(str(status))
+    return value
+
+
+def _numbers(values: Iterable[float]) -> str:
+    # Below the normal range of float: zero, as in the kernels' own exponential.
+    return ", ".join(f"{value if abs(value) > 1.2e-38 else 0.0:.9e}f" for value in values)

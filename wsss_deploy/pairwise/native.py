@@ -1,0 +1,109 @@
+"""The compiled CPU form: shapes, plans and threads for `wsss_deploy.pairwise._cpu`.
+
+Arrays are C-contiguous float32 or float64 in CPU memory, from numpy or torch; none is copied. Any number of
+threads gives the same bits. NaN and infinity behave as in the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+from wsss_deploy.pairwise.parameters import PairwiseParameters
+
+_KINDS = ("par", "varm", "gaussian")
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """The extension, or None, and in both cases one line that says why."""
+    try:
+        module = importlib.import_module("wsss_deploy.pairwise._cpu")
+    except ImportError as error:
+        return None, f"compiled kernels are not in this installation ({error})"
+    return module, f"compiled kernels, instruction set {module.instruction_set()}"
+
+
+def default_threads() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def affinity(parameters: PairwiseParameters, guide: Any, weights: Any, threads: int, isa: str = "auto") -> None:
+    """Write the weights (N, K, H, W) of a guide (N, G, H, W)."""
+    _module().affinity(_plan(parameters), guide, weights, threads, isa)
+
+
+def step(
+    parameters: PairwiseParameters,
+    masks: Any,
+    weights: Any,
+    unary: Any | None,
+    out: Any,
+    threads: int,
+    isa: str = "auto",
+) -> None:
+    """Write one step's result (N, C, H, W); see `reference.step`."""
+    _module().step(_plan(parameters), masks, weights, unary, _compatibility(parameters), out, threads, isa)
+
+
+def refine(
+    parameters: PairwiseParameters,
+    masks: Any,
+    guide: Any,
+    unary: Any | None,
+    out: Any,
+    threads: int,
+    isa: str = "auto",
+) -> None:
+    """Write `reference.refine` of masks that have the guide's size already (N, C, H, W).
+
+    Memory beyond the arrays: N-independent, about 4 H W (K + 2 C + G) bytes in float32.
+    """
+    _module().refine(
+        _plan(parameters),
+        masks,
+        guide,
+        unary,
+        _compatibility(parameters),
+        parameters.iterations,
+        out,
+        threads,
+        isa,
+    )
+
+
+def _module() -> Any:
+    module, reason = load()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def _compatibility(parameters: PairwiseParameters) -> float:
+    return 0.0 if parameters.mean_field is None else parameters.mean_field.compatibility
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(parameters: PairwiseParameters) -> Any:
+    position = parameters.position_weights() if parameters.kind == "par" else ()
+    return _module().make_plan(
+        kind=_KINDS.index(parameters.kind),
+        offsets=list(parameters.offsets),
+        position=[parameters.second * beta for beta in position],
+        terms=[
+            (term.weight, *(_inverse_square(s) for s in (term.sigma_xy, term.sigma_rgb, term.sigma_features)))
+            for term in parameters.terms
+        ],
+        bandwidth=parameters.contrast,
+        second=parameters.second,
+        scale=parameters.scale,
+        normalise=parameters.normalise,
+    )
+
+
+def _inverse_square(sigma: float | None) -> float:
+    return 0.0 if sigma is None else 1.0 / sigma**2

@@ -1,0 +1,144 @@
+"""The operator as torch custom operators: eager, autograd, torch.compile, torch.export.
+
+`torch.ops.wsss.pairwise_affinity`, `pairwise_step` and `pairwise_refine` run the form that they are told
+("cpu" or "torch"). Parameters travel as their canonical JSON, so a graph that contains the operators is
+complete. Gradients are first order; `pairwise_refine` has none (`api.refine` uses the other two where one
+is wanted).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wsss_deploy.pairwise import native, reference
+from wsss_deploy.pairwise.parameters import PairwiseParameters
+
+
+@functools.lru_cache(maxsize=64)
+def parse(parameters: str) -> PairwiseParameters:
+    """The parameters object of its JSON text."""
+    return PairwiseParameters.model_validate_json(parameters)
+
+
+@torch.library.custom_op("wsss::pairwise_affinity", mutates_args=())
+def pairwise_affinity(guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+    """(N, G, H, W) to (N, K, H, W), see `reference.affinity`."""
+    settings = parse(parameters)
+    if form != "cpu":
+        return reference.affinity(guide, settings)
+    weights = guide.new_empty(guide.shape[0], len(settings.offsets), *guide.shape[2:])
+    native.affinity(settings, guide.detach().contiguous(), weights, threads)
+    return weights
+
+
+@torch.library.custom_op("wsss::pairwise_step", mutates_args=())
+def pairwise_step(
+    masks: Tensor, weights: Tensor, unary: Tensor | None, parameters: str, form: str, threads: int
+) -> Tensor:
+    """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
+    settings = parse(parameters)
+    if form != "cpu":
+        return reference.step(masks, weights, settings, unary)
+    out = masks.new_empty(masks.shape)
+    plain = None if unary is None else unary.detach().contiguous()
+    native.step(settings, masks.detach().contiguous(), weights.detach().contiguous(), plain, out, threads)
+    return out
+
+
+@torch.library.custom_op("wsss::pairwise_refine", mutates_args=())
+def pairwise_refine(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+    """Masks of the guide's size, (N, C, H, W) to (N, C, H, W), in one call; see `reference.refine`."""
+    settings = parse(parameters)
+    if form != "cpu":
+        return reference.refine(masks, guide, settings).clone()
+    out = masks.new_empty(masks.shape)
+    unary = reference.unary_of(masks.detach().contiguous(), settings)
+    native.refine(settings, masks.detach().contiguous(), guide.detach().contiguous(), unary, out, threads)
+    return out
+
+
+@pairwise_affinity.register_fake
+def _(guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+    return guide.new_empty(guide.shape[0], len(parse(parameters).offsets), *guide.shape[2:])
+
+
+@pairwise_step.register_fake
+def _(masks: Tensor, weights: Tensor, unary: Tensor | None, parameters: str, form: str, threads: int) -> Tensor:
+    return masks.new_empty(masks.shape)
+
+
+@pairwise_refine.register_fake
+def _(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+    return masks.new_empty(masks.shape)
+
+
+def _affinity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.parameters = inputs[1]
+
+
+def _affinity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    """Through the reference, computed again: the forward keeps nothing but the guide."""
+    with torch.enable_grad():
+        guide = ctx.saved_tensors[0].detach().requires_grad_()
+        weights = reference.affinity(guide, parse(ctx.parameters))
+        (result,) = torch.autograd.grad(weights, guide, grad)
+    return result, None, None, None
+
+
+def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    masks, weights, unary, ctx.parameters = inputs[:4]
+    # The softmax's backward needs its result, the plain sum's does not.
+    ctx.mean_field = unary is not None
+    ctx.save_for_backward(masks, weights, *([output] if ctx.mean_field else []))
+
+
+def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    masks, weights, *outputs = ctx.saved_tensors
+    settings = parse(ctx.parameters)
+    grad_unary = None
+    if ctx.mean_field:
+        (out,) = outputs
+        grad_unary = out * (grad - (grad * out).sum(1, keepdim=True))
+        grad = grad_unary * settings.mean_field.compatibility if settings.mean_field else grad_unary
+    grad_masks = _scatter(grad, weights, settings) if ctx.needs_input_grad[0] else None
+    grad_weights = _correlate(grad, masks, settings) if ctx.needs_input_grad[1] else None
+    return grad_masks, grad_weights, grad_unary, None, None, None
+
+
+def _scatter(grad: Tensor, weights: Tensor, settings: PairwiseParameters) -> Tensor:
+    """The step's transpose: what each pixel gave to its neighbours' sums; (N, C, H, W)."""
+    height, width = grad.shape[2:]
+    reach = settings.reach
+    padded = grad.new_zeros(*grad.shape[:2], height + 2 * reach, width + 2 * reach)
+    for k, (dy, dx) in enumerate(settings.offsets):
+        top, left = reach + dy, reach + dx
+        padded[:, :, top : top + height, left : left + width] += weights[:, k : k + 1] * grad
+    for axis in (2, 3):
+        # Values outside the image are copies of the edge, whose gradient they bring back.
+        size = grad.shape[axis]
+        inner = padded.narrow(axis, reach, size).clone()
+        inner.narrow(axis, 0, 1).add_(padded.narrow(axis, 0, reach).sum(axis, keepdim=True))
+        inner.narrow(axis, size - 1, 1).add_(padded.narrow(axis, reach + size, reach).sum(axis, keepdim=True))
+        padded = inner
+    return padded
+
+
+def _correlate(grad: Tensor, masks: Tensor, settings: PairwiseParameters) -> Tensor:
+    """Gradient of the weights, sum over channels of gradient times neighbour; (N, K, H, W)."""
+    height, width = grad.shape[2:]
+    padded = F.pad(masks, (settings.reach,) * 4, mode="replicate")
+    planes = []
+    for dy, dx in settings.offsets:
+        top, left = settings.reach + dy, settings.reach + dx
+        planes.append((grad * padded[:, :, top : top + height, left : left + width]).sum(1))
+    return torch.stack(planes, 1)
+
+
+pairwise_affinity.register_autograd(_affinity_backward, setup_context=_affinity_context)
+pairwise_step.register_autograd(_step_backward, setup_context=_step_context)
