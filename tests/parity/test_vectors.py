@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from training.losses import Kernel, gated_crf_loss
+from wsss_deploy.pairwise import PairwiseParameters, affinity, forms, refine
 
 Arrays = Mapping[str, np.ndarray]
 
 # Families whose method is not built yet, with the reason; the only place that lets a file go unchecked.
 NOT_BUILT = {
     "dfr_precursor_": "the DFR method is not built yet",
-    "par_": "the pairwise refinement (PAR) is not built yet",
-    "varm_": "the pairwise refinement (VARM) is not built yet",
     "scd_": "training from image tags is not built yet",
     "affinity_": "training from image tags is not built yet",
     "sfc_": "training from image tags is not built yet",
@@ -95,7 +95,35 @@ def check_value_and_gradients(
         assert torch.equal(given[name].nan_to_num(-1), value.nan_to_num(-1)), f"{name} was modified"
 
 
-CASES: dict[str, Callable[[Arrays], None]] = {"gated_crf_": check_gated_crf, "dfr_kernel_": check_gated_crf}
+def check_refiner(kind: str, arrays: Arrays) -> None:
+    """par_ and varm_: refined maps, weights and gradients, in every form that can run here."""
+    parameters = PairwiseParameters(
+        kind=kind, dilations=tuple(arrays["dilations"].tolist()), iterations=int(arrays["num_iter"])
+    )
+    for form in (form.name for form in forms() if form.available):
+        # The release keeps its position constants in float32, which the tolerance of float64 allows for.
+        for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-5)):
+            guide, masks = (torch.from_numpy(arrays[name]).to(dtype) for name in ("imgs", "masks"))
+            as_given = (masks.numpy(), guide.numpy()) if form == "numpy" else (masks, guide)
+            out = refine(*as_given, parameters, form=form)
+            assert_close(f"{form} out", torch.as_tensor(out), arrays["out_f64"], tolerance)
+            if "weights_f64" in arrays:
+                weights = torch.as_tensor(affinity(as_given[1], parameters, form=form))
+                assert_close(f"{form} weights", weights, arrays["weights_f64"], tolerance)
+        if "cotangent" in arrays and form != "numpy":
+            guide, masks = (torch.from_numpy(arrays[name]).double().requires_grad_() for name in ("imgs", "masks"))
+            out = refine(masks, guide, parameters, form=form)
+            out.backward(torch.from_numpy(arrays["cotangent"]).double())
+            assert_close(f"{form} grad_imgs", guide.grad, arrays["grad_imgs_f64"], 1e-6)
+            assert_close(f"{form} grad_masks", masks.grad, arrays["grad_masks_f64"], 1e-6)
+
+
+CASES: dict[str, Callable[[Arrays], None]] = {
+    "gated_crf_": check_gated_crf,
+    "dfr_kernel_": check_gated_crf,
+    "par_": partial(check_refiner, "par"),
+    "varm_": partial(check_refiner, "varm"),
+}
 
 
 def run_case(name: str, arrays: Arrays) -> None:

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 import yaml
-from training.data.dataset import open_dataset
 
+from training.data.dataset import open_dataset
 from training.recipe import dump_recipe
 from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
