@@ -16,16 +16,19 @@ from wsss_deploy.networks import build_network, encoder_preprocessing
 
 # One block a stage: the tracer's time goes by the number of operations, not by the width.
 OPTIONS = {"pvt_v2_b0": {"depths": (1, 1, 1, 1)}, "convnext_atto": {"depths": (1, 1, 1, 1)}}
+DECODERS = {"pvt_v2_b0": "mlp", "convnext_atto": "light", "test_vit": "mlp"}
 
 
 def write_model(path: Path, encoder: str) -> Path:
     """A `model.pt` with random weights and scores that differ clearly between classes."""
     torch.manual_seed(0)
     options = OPTIONS.get(encoder, {})
-    architecture = Architecture(encoder=encoder, decoder_width=16, encoder_options=options)
+    decoder = DECODERS.get(encoder, "light")
+    architecture = Architecture(encoder=encoder, decoder=decoder, decoder_width=16, encoder_options=options)
     network = build_network(architecture, 5)
-    with torch.no_grad():
-        network.decoder.classify[1].weight *= 20
+    for name, parameter in network.decoder.classify.named_parameters():
+        if name.endswith("weight"):
+            torch.nn.init.normal_(parameter)  # one of them starts at zero and would hide its branch
     card = ModelCard(
         name=encoder,
         classes=("background", "sky", "road", "tree", "car"),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(900)  # as in test_contract.py
 
 def perturb(proto: onnx.ModelProto, amount: float) -> None:
     """Change the last layer's weights."""
-    (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("classify.1.weight"))
+    (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("classify.coarse.weight"))
     values = numpy_helper.to_array(weight)
     noise = np.random.default_rng(0).normal(0, amount, values.shape).astype(np.float32)
     weight.CopyFrom(numpy_helper.from_array(values + noise * np.abs(values).mean(), weight.name))
@@ -71,7 +71,7 @@ def test_an_older_artifact_stays_whole(broken_graph, exported, tmp_path):
 
 def test_a_graph_that_does_not_run_is_a_mismatch(monkeypatch, exported, tmp_path):
     proto = onnx.load(exported() / "model.onnx")
-    (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("classify.1.weight"))
+    (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("classify.coarse.weight"))
     weight.CopyFrom(numpy_helper.from_array(np.zeros((5, 3, 1, 1), np.float32), weight.name))
     monkeypatch.setattr(export.onnx_graph, "build_graph", lambda *_: proto)
     with pytest.raises(ParityError, match="ONNX Runtime"):
