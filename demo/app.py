@@ -56,6 +56,7 @@ def build_app(
 
     limits = limits or Limits()
     card = segmenter.card
+    offered = [os.fspath(example) for example in examples]
     html = partial(gr.HTML, css_template=markup.STYLE, apply_default_css=False)
     with gr.Blocks(
         title=f"{card.name}: segment an image", analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)
@@ -64,11 +65,9 @@ def build_app(
         html(markup.header(card, segmenter.describe()), elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                upload = upload_image(label="Image", sources=["upload", "clipboard"], elem_id="upload")
-                if examples:
-                    gr.Examples(
-                        [[os.fspath(example)] for example in examples], [upload], label="Examples", elem_id="examples"
-                    )
+                upload = upload_image(offered, label="Image", sources=["upload", "clipboard"], elem_id="upload")
+                if offered:
+                    gr.Examples([[path] for path in offered], [upload], label="Examples", elem_id="examples")
             with gr.Column(scale=3, min_width=300):
                 message = html(markup.hint(), elem_id="message")
                 with gr.Column(visible=False, elem_id="results") as results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -70,12 +71,17 @@ def _serve(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         # Ended by `kill`, it tidies up as after Ctrl-C; for a server, both are the normal end.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # Said when open pages are cut off at the end, which is meant.
-        logging.getLogger("uvicorn.error").addFilter(lambda record: "timeout graceful" not in record.getMessage())
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             sys.stdout.write("stopped\n")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of the server is worth showing; that stopping cuts off the pages still open is meant."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "timeout graceful" not in record.getMessage()
 
 
 def _port(text: str) -> int:

@@ -88,6 +88,7 @@ def make_server(
         auth=auth,
         max_file_size=(limits or Limits()).max_bytes,
         theme=_theme(),
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         footer_links=[],
         # Everything that an environment variable could switch on is named, so that none can.
         root_path="",
