@@ -54,10 +54,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     model = arguments.model or find_model(Path())
     with listen(arguments.host, arguments.port) as listener, tempfile.TemporaryDirectory(prefix="wsss-demo-") as cache:
         port = listener.getsockname()[1]
-        segmenter = Segmenter(model)
-        require_gradio()
         # Uploads lie in a folder that only this user can read, and that goes when the command ends.
         os.environ["GRADIO_TEMP_DIR"] = cache
+        require_gradio()
+        segmenter = Segmenter(model)
         # The page has its own, lower limit; Pillow's warning about merely large images helps nobody here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         server = make_server(build_app(segmenter, find_examples(model)), arguments.host, auth)
