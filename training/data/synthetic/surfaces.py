@@ -64,12 +64,7 @@ def draw_pattern(rng: np.random.Generator, u: Array, v: Array) -> Array:
     turn, frequency = rng.uniform(0, np.pi), rng.uniform(1.6, 3.2)
     a, b = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
     a, b = a + rng.uniform(), b + rng.uniform()
-    grain = noise(rng, height, width, max(width / rng.uniform(3, 7), 2.0))
     kind = rng.integers(6)
-    if kind == 0:
-        return 0.35 * grain
-    if kind == 1:
-        return _soft(grain - 0.5, 6)
     if kind == 2:
         return _soft(np.sin(2 * np.pi * frequency * 0.6 * a), 3)
     if kind == 3:
@@ -77,6 +72,11 @@ def draw_pattern(rng: np.random.Generator, u: Array, v: Array) -> Array:
         return _soft(0.3 - np.hypot(cell_a, cell_b), 14)
     if kind == 4:
         return _soft(np.sin(np.pi * frequency * a) * np.sin(np.pi * frequency * b), 8)
+    grain = noise(rng, height, width, max(width / rng.uniform(3, 7), 2.0))
+    if kind == 0:
+        return 0.35 * grain
+    if kind == 1:
+        return _soft(grain - 0.5, 6)
     return _soft(0.12 - np.abs(np.sin(4 * a * frequency / 2 + 5 * grain)), 8)
 
 
