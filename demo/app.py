@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from demo import markup
 from demo.requirement import require_gradio
-from demo.segmenting import Limits, Shown, confidence_image, segment_upload, shown
+from demo.segmenting import Limits, Shown, confidence_image, segment_upload, shown, uploaded_file
 from wsss_deploy.errors import WsssError
 
 if TYPE_CHECKING:
@@ -52,20 +52,20 @@ def build_app(
     require_gradio()
     import gradio as gr
 
-    from demo.upload import upload_image
+    from demo.guard import GuardedBlocks
 
     limits = limits or Limits()
     card = segmenter.card
     offered = [os.fspath(example) for example in examples]
     html = partial(gr.HTML, css_template=markup.STYLE, apply_default_css=False)
-    with gr.Blocks(
+    with GuardedBlocks(
         title=f"{card.name}: segment an image", analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)
     ) as page:
         session = gr.State(None, time_to_live=_CACHE_AGE)
         html(markup.header(card, segmenter.describe()), elem_id="header")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                upload = upload_image(offered, label="Image", sources=["upload", "clipboard"], elem_id="upload")
+                upload = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="upload")
                 if offered:
                     gr.Examples([[path] for path in offered], [upload], label="Examples", elem_id="examples")
             with gr.Column(scale=3, min_width=300):
@@ -100,6 +100,7 @@ def build_app(
             handlers.segment,
             [upload, opacity],
             [message, results, overlay, confidence, legend, download, timing, session],
+            preprocess=False,  # gradio would decode the file before any limit of ours and with its own errors
             concurrency_limit=limits.concurrency,
             api_visibility="private",
         )
@@ -122,7 +123,7 @@ class _Handlers:
     Args:
         segmenter: The model.
         limits: What is accepted.
-        cache: Gradio's folder for files that the browser fetches.
+        cache: Gradio's folder for uploads and for files that the browser fetches.
     """
 
     def __init__(self, segmenter: Segmenter, limits: Limits, cache: Path) -> None:
@@ -134,17 +135,17 @@ class _Handlers:
     def _card(self) -> ModelCard:
         return self._segmenter.card
 
-    def segment(self, path: str | None, opacity: float) -> tuple[Any, ...]:
-        """The values of all outputs for an uploaded file, or a message in their place."""
-        if path is None:
+    def segment(self, upload: object, opacity: float) -> tuple[Any, ...]:
+        """The values of all outputs for what the browser sent, or a message in their place."""
+        if upload is None:
             return self._nothing(markup.hint())
-        file = Path(path)
         try:
+            file = uploaded_file(upload, self._cache)
             result = segment_upload(self._segmenter, file, self._limits)
         except WsssError as error:
             return self._nothing(markup.problem(str(error)))
         except Exception as error:
-            logger.exception("%s: unexpected error", file.name)
+            logger.exception("an upload could not be segmented")
             return self._nothing(
                 markup.problem(f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.")
             )

@@ -59,6 +59,24 @@ class Shown:
         return draw_overlay(self.image, self.mask, card.classes, card.palette, opacity)
 
 
+def uploaded_file(upload: object, folder: Path) -> Path:
+    """The file that a browser's request means; nothing that the request says is trusted.
+
+    Args:
+        upload: What the request holds in place of the image: a dictionary with the `path` that the upload got.
+        folder: Where uploads lie.
+
+    Raises:
+        ImageError: It is no file that was uploaded.
+    """
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if isinstance(path, str) and "\0" not in path:
+        file = Path(path).resolve()
+        if file.is_relative_to(folder.resolve()) and file.is_file():
+            return file
+    raise ImageError("found no uploaded file, and nothing else is read; upload the image again")
+
+
 def segment_upload(segmenter: Segmenter, path: Path, limits: Limits) -> Segmentation:
     """Segment an uploaded file.
 

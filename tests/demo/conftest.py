@@ -136,8 +136,8 @@ class Visitor:
             self.problems.append(f"console error: {message.text} {message.location}")
 
     def _failed(self, request) -> None:
-        # Gradio's page itself ends the stream of events once the answer is there.
-        if not (urlsplit(request.url).path == "/gradio_api/queue/data" and request.failure == "net::ERR_ABORTED"):
+        # Aborted by the page itself: gradio ends its streams of events so, and leaves images that are replaced.
+        if request.failure != "net::ERR_ABORTED":
             self.problems.append(f"failed: {request.url} {request.failure}")
 
     def _answered(self, response) -> None:

@@ -94,16 +94,13 @@ def test_the_server_refuses_what_it_should(address, tmp_path):
     events = json.loads(fetch(f"{address}/config")[1])["dependencies"]
     event = next(event for event in events if event["targets"][0][1] == "change")
     for path in (str(secret), "/etc/passwd", "http://192.0.2.1/image.png"):
-        body = {
-            "fn_index": event["id"],
-            "session_hash": "made-by-hand",
-            "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, 0.5],
-        }
-        headers = {"Content-Type": "application/json"}
-        fetch(f"{address}/gradio_api/queue/join", headers, json.dumps(body).encode())
-        answer = fetch(f"{address}/gradio_api/queue/data?session_hash=made-by-hand")[1]
-        assert "Only uploaded images are read." in answer
-        assert '"success":false' in answer
+        named = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for data in ([named, 0.5], [None, named], [[{"deep": named}], 0.5]):
+            body = json.dumps({"fn_index": event["id"], "session_hash": "by-hand", "data": data})
+            fetch(f"{address}/gradio_api/queue/join", {"Content-Type": "application/json"}, body.encode())
+            answer = fetch(f"{address}/gradio_api/queue/data?session_hash=by-hand")[1]
+            assert "found no uploaded file" in answer
+            assert '"success":false' in answer
 
 
 def test_mounts_into_an_application(color_segmenter):

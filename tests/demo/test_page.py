@@ -164,6 +164,10 @@ def test_examples_password_and_size_limit(color_segmenter, serve, chromium, visi
         page.locator("#upload input[type=file]").wait_for(state="attached")
         page.locator("#examples img").first.click()
         page.locator("#overlay img").wait_for()
+        # Replacing an example by a bad upload: gradio makes the component anew when an example is chosen.
+        bad = {"name": "bad.png", "mimeType": "image/png", "buffer": b"no image"}
+        page.locator("#upload input[type=file]").set_input_files(bad)
+        page.locator("#message [role=alert]").get_by_text("bad.png: is not an image").wait_for()
         large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(6000)}
         page.locator("#upload").get_by_role("button", name="Remove Image").click()
         page.locator("#message [role=status]").wait_for()

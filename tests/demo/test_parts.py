@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ from demo import Limits
 from demo.colormap import ANCHORS, colorize
 from demo.markup import legend
 from demo.models import find_examples, find_model
-from demo.segmenting import SHOWN_SIDE, confidence_image, segment_upload, shown
+from demo.segmenting import SHOWN_SIDE, confidence_image, segment_upload, shown, uploaded_file
 from demo.server import is_loopback, listen
 from wsss_deploy.errors import ImageError, UsageError, WsssError
 from wsss_deploy.segmentation import ClassShare
@@ -108,16 +107,19 @@ def test_listening():
             listen(host, 0)
 
 
-def test_only_uploads_and_examples_are_read(tmp_path, half_and_half):
-    gr = pytest.importorskip("gradio")
-    from demo.upload import upload_image
-
-    other = tmp_path / "other.png"
-    other.write_bytes(b"secret")
-    image = upload_image([str(half_and_half)])
-    upload = f"{image.GRADIO_CACHE}/0123/photo.png"
-    for path in ("http://192.0.2.1/secret.png", str(other), "/etc/passwd", f"{image.GRADIO_CACHE}/../secret.png"):
-        with pytest.raises(gr.Error, match="Only uploaded"):
-            asyncio.run(image.async_move_resource_to_block_cache(path))
-    assert asyncio.run(image.async_move_resource_to_block_cache(upload)) == upload
-    assert asyncio.run(image.async_move_resource_to_block_cache(str(half_and_half))).endswith("half.png")
+def test_only_uploads_are_read(tmp_path):
+    uploads = tmp_path / "uploads"
+    (uploads / "0123").mkdir(parents=True)
+    for path in (uploads / "0123" / "photo.png", tmp_path / "secret.png"):
+        path.touch()
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    photo = {"path": str(uploads / "0123" / "photo.png")}
+    assert uploaded_file(photo, uploads) == (uploads / "0123" / "photo.png").resolve()
+    outside = ("/etc/passwd", "http://192.0.2.1/a.png", "", "a\0b", None, 7, str(tmp_path / "secret.png"))
+    inside = (f"{uploads}/../secret.png", f"{uploads}/link.png", f"{uploads}/absent.png", str(uploads))
+    for upload in ("/etc/passwd", [photo], {}, {"url": "data:image/png;base64,AAAA", "path": None}):
+        with pytest.raises(ImageError, match="no uploaded file"):
+            uploaded_file(upload, uploads)
+    for path in (*outside, *inside):
+        with pytest.raises(ImageError, match="no uploaded file"):
+            uploaded_file({"path": path}, uploads)
