@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 #: TinyViT (arXiv 2207.10666), narrower and one block a stage: convolutions at stride 4, window attention from 8 on.
 RECIPE: Mapping[str, Any] = {
     "supervision": "scribbles",
-    "method": {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.1}]},
+    "method": {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.25}]},
     "model": {
         "encoder": "tiny_vit_5m_224",
         "encoder_options": {
@@ -43,7 +43,13 @@ RECIPE: Mapping[str, Any] = {
     },
     "augmentation": {"size": 128, "scale": [0.9, 1.15]},
     "inference_long_side": 128,
-    "optimisation": {"iterations": 1000, "batch_size": 16, "learning_rate": 3e-3, "decoder_factor": 1.0},
+    "optimisation": {
+        "iterations": 900,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "decoder_factor": 1.0,
+        "ema": 0.99,
+    },
 }
 TRAIN_SCENES, VAL_SCENES = 400, 60
 PRODUCTS = ("model.pt", "model.onnx", "parity.json", "contact_sheet.png")

@@ -104,8 +104,9 @@ def test_crops_without_labels_are_drawn_again(folder_set):
 
 
 def test_a_sample_depends_on_seed_and_position_only(folder_set):
-    first, second = training_set(folder_set, augmentation=Augmentation(size=32)), training_set(
-        folder_set, augmentation=Augmentation(size=32)
+    first, second = (
+        training_set(folder_set, augmentation=Augmentation(size=32)),
+        training_set(folder_set, augmentation=Augmentation(size=32)),
     )
     for position in range(6):
         first[position % 4, 100 + position]  # another history, another state of the cache

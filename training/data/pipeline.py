@@ -137,8 +137,13 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         if not self.names:
             raise DataError(f"{source.name}: none of {len(names)} images has {what}; add them or choose another kind")
         if len(self.names) < len(names):
-            _log.warning("%s: %d of %d images have no %s and are left out", source.name,
-                         len(names) - len(self.names), len(names), what)
+            _log.warning(
+                "%s: %d of %d images have no %s and are left out",
+                source.name,
+                len(names) - len(self.names),
+                len(names),
+                what,
+            )
         self._cache: dict[int, _Item] = {}
         self._cached = 0
 

@@ -108,9 +108,7 @@ def _farthest(distances: NDArray[np.float64]) -> int:
     return int(np.argmax(np.where(np.isfinite(distances), distances, -1)))
 
 
-def _unsteady(
-    path: NDArray[np.float64], depth: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
+def _unsteady(path: NDArray[np.float64], depth: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     """The path rounded off and swaying slowly, in proportion to the room that there is."""
     count = len(path)
     sigma = max(3.0, 0.04 * count)

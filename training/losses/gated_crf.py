@@ -102,9 +102,7 @@ def gated_crf_loss(
             name: shrink.modality(name, (m if kernel_gradient else m.detach()).to(dtype)) for name, m in used.items()
         }
         features = [_features(kernel, small) for kernel in kernels]
-        source, destination = (
-            None if mask is None else shrink.mask(mask, p) for mask in (mask_src, mask_dst)
-        )
+        source, destination = (None if mask is None else shrink.mask(mask, p) for mask in (mask_src, mask_dst))
         ones = torch.ones_like(p[:, :1])
         s, d = (ones if mask is None else mask for mask in (source, destination))
         terms = tuple(KernelTerm(kernel.weight, kernel.sigmas.get(XY)) for kernel in kernels)

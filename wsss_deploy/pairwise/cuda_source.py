@@ -85,9 +85,11 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
     except RuntimeError as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-    nvrtc.nvrtcGetProgramLog(program, log)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        # NVRTC writes into the bytes object. Only a log that says something is asked for: an empty one has size 1,
+        # and a one-byte object is shared by the whole interpreter, which would find every space to be a NUL.
+        log = b" " * (_checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)
+        nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendError(f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}")
     result: bytes = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
     nvrtc.nvrtcGetPTX(program, result)

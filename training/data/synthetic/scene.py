@@ -82,9 +82,7 @@ class Light:
         return albedo * (lit[..., None] * self.tint) + gloss * specular[..., None]
 
 
-def draw_scene(
-    rng: np.random.Generator, size: int = 128
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def draw_scene(rng: np.random.Generator, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Draw one scene.
 
     Args:
