@@ -90,7 +90,7 @@ def build_app(
                             )
                             html(markup.scale())
                     legend = html(elem_id="legend", container=True, padding=True)
-                    download = gr.DownloadButton("Download the mask (PNG, values are class ids)", elem_id="download")
+                    download = gr.DownloadButton("Download mask (PNG)", elem_id="download")
                     timing = html(elem_id="timing", container=True, padding=True)
         with gr.Accordion("About this model", open=False, elem_id="card"):
             html(markup.model_card(card))

@@ -16,10 +16,15 @@ STAGES = {
     "refinement": "Refinement",
     "post": "Scores to mask",
 }
-#: For gradio's own image components, which otherwise keep a fixed height around an image of any shape.
+#: For gradio's own components: images in their own shape up to a height, room for an upload that is no image, and a
+#: chosen tab that can be read (its accent colour has too little contrast).
 _PAGE_STYLE = """
-#upload img, #overlay img, #confidence img { display: block; width: auto; height: auto; max-width: 100%;
-  max-height: min(62vh, 560px); margin: 0 auto; }
+:is(#upload, #overlay, #confidence) :is(.image-frame, .upload-container, .image-container > button) {
+  width: 100% !important; }
+:is(#upload, #overlay, #confidence) img { width: 100%; height: auto; min-height: 6rem; max-height: min(62vh, 560px);
+  object-fit: contain; }
+:is(#upload, #overlay, #confidence).fullscreen img { height: 100vh; max-height: none; }
+#results [role=tab][aria-selected=true] { color: var(--body-text-color); }
 """
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
@@ -52,7 +57,7 @@ def legend(entries: Sequence[ClassShare]) -> str:
         for entry in entries
     )
     return (
-        '<table><thead><tr><th scope="col">Class</th><td></td><th scope="col">Area</th>'
+        '<table><thead><tr><th scope="col">Class</th><td class="bar"></td><th scope="col">Area</th>'
         f'<th scope="col">Confidence</th></tr></thead><tbody>{rows}</tbody></table>'
     )
 
@@ -196,5 +201,5 @@ dd { margin: 0; color: var(--body-text-color); overflow-wrap: anywhere; }
 .chips li { margin: 0; }
 .scale { display: flex; align-items: center; gap: 0.6rem; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .colors { flex: 1; height: 0.7rem; border-radius: 4px; }
-@media (max-width: 600px) { .bar { width: 25%; } th, td { padding: 0.38rem 0.3rem; } }
+@media (max-width: 600px) { .bar { display: none; } }
 """

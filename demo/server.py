@@ -115,4 +115,4 @@ def _theme() -> gr.themes.ThemeClass:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    )
+    ).set(body_text_color_subdued="*neutral_500")  # the default is too pale to read on white
