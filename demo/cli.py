@@ -105,5 +105,5 @@ def _address(host: str, port: int) -> str:
 
 
 def _warning(host: str, protected: bool) -> str:
-    who = "with the password, which travels unencrypted," if protected else "(there is no password, see --auth)"
+    who = "and knows the password (it travels unencrypted)" if protected else "(no password is asked for, see --auth)"
     return f"warning: --host {host} lets everyone who reaches this machine {who} use the page and its processor\n"
