@@ -35,6 +35,9 @@ from wsss_deploy.networks import SegmentationNetwork
 
 _log = logging.getLogger(__name__)
 
+# Crops up to this many pixels a side: their attention matrices fit into memory for every block at once.
+_PLAIN_ATTENTION_SIZE = 512
+
 Evaluate = Callable[[SegmentationNetwork], EvaluationResult | None]
 
 
@@ -109,6 +112,8 @@ class Trainer:
         optimizer = build_optimizer(network.encoder, [network.decoder, method], recipe.optimisation)
         self._module, self._optimizer = self._fabric.setup(_Step(network, method), optimizer)
         device = self._fabric.device
+        if device.type == "cpu" and recipe.augmentation.size <= _PLAIN_ATTENTION_SIZE:
+            use_plain_attention(network.encoder)
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255
         self._average = self._make_average()
@@ -246,6 +251,20 @@ class Trainer:
         self._iteration = int(state["iteration"])
         _log.info("resumed after iteration %d", self._iteration)
         return dict(state["random"])
+
+
+def use_plain_attention(encoder: nn.Module) -> None:
+    """Let timm's attention layers multiply matrices instead of calling torch's fused attention.
+
+    The fused kernel saves memory but is slow on a CPU at the few hundred tokens of a training crop: a step of
+    ViT-Tiny at 256 px in bf16 takes 1.6 times as long with it (`benchmarks/attention.py`).
+
+    Args:
+        encoder: Changed in place; modules without timm's `fused_attn` switch stay as they are.
+    """
+    for module in encoder.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def make_fabric(recipe: Recipe) -> Fabric:
