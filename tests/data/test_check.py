@@ -74,7 +74,7 @@ def test_every_fault_is_in_the_list(folder_set, labels_writer, run):
         "error points/c.png: has colours (mode RGB)",
         "error tags.json: 'c' has the unknown tag 8",
         "error tags.json: 1 entry for no known image (first: 'ghost')",
-        "error masks/d: has masks of disc, but its tags say absent",
+        "remark masks/d: has masks of disc, but its tags say absent",
         "error splits/train.txt: names images that do not exist: missing",
         "remark splits/train.txt: 1 name listed more than once",
         "error splits: splits train and val share 1 image (c)",

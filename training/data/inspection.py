@@ -164,7 +164,8 @@ def _tag_problems(name: str, facts: ImageFacts, classes: Sequence[str]) -> list[
         absent = [classes[index] for index in sorted(present - tagged)]
         if absent:
             text = f"has {kind} of {', '.join(absent)}, but its tags say absent; correct the tags or the labels"
-            problems.append(Problem(f"{kind}/{name}", text))
+            # One of the two is wrong, but either can still be trained from.
+            problems.append(Problem(f"{kind}/{name}", text, "remark"))
         missing = [classes[index] for index in sorted(set(facts.tags or ()) - present)]
         if missing and kind == "masks":
             text = f"the tags name {', '.join(missing)}, but the mask has none of it"
