@@ -197,6 +197,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Run a model over images and compare with their masks at native size: one scale, no flip, no CRF, no tags.
 
+    Whether the scores are refined is the segmenter's matter; the protocol says it.
+
     Args:
         segmenter: Any artifact.
         source: The data set; its classes must be the model's.
@@ -221,7 +223,7 @@ def evaluate(
             raise DataError(f"{name}: {error}") from error
         if on_image is not None:
             on_image(done)
-    sizing = segmenter.card.sizing
+    sizing, runtime = segmenter.card.sizing, segmenter.describe()
     protocol = {
         "data": source.name,
         "split": split,
@@ -230,8 +232,9 @@ def evaluate(
         "scales": 1,
         "flip": False,
         "crf": False,
+        "refinement": runtime["refinement"].get("summary", "none"),
         "tags_at_test": False,
         "scored_at": "native size",
-        "runtime": segmenter.describe().get("backend", "unknown"),
+        "runtime": runtime["backend"],
     }
     return evaluator.result(protocol)

@@ -25,6 +25,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--split", required=True, help="name of the split, for example val")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_refinement()
     parser.add_argument("--format", default="auto", choices=["auto", "folder", "voc", "coco"], help="data set layout")
     return parser
 
@@ -39,7 +40,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = [name for name in split_names(source, arguments.split) if "masks" in source.kinds(name)]
     if not names:
         raise DataError(f"{source.name}: no image of split '{arguments.split}' has a mask; evaluation needs masks")
-    segmenter = Segmenter(arguments.model, device=arguments.device)
+    segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine)
     console = Console(file=sys.stderr)
     progress = iter(track(range(len(names)), "evaluating", console=console, disable=not console.is_terminal))
     result = evaluate(segmenter, source, names, arguments.split, lambda _: next(progress))

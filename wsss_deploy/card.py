@@ -1,8 +1,8 @@
 """The model card: the one source of truth that training writes and every artifact carries.
 
-Architecture, classes, palette, pre-processing, sizing plan and protocol live here and nowhere else; predict,
-export, parity, demo and serving all read them from the card. The card is plain data (JSON), so that a file can be
-checked before anything heavy is loaded.
+Architecture, classes, palette, pre-processing, sizing plan, refinement and protocol live here and nowhere else;
+predict, export, parity, demo and serving all read them from the card. The card is plain data (JSON), so that a file
+can be checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsss_deploy.errors import ArtifactError
+from wsss_deploy.pairwise.guides import Guide
+from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = 255
@@ -38,8 +40,8 @@ class Architecture(_Plain):
     """
 
     encoder: str
-    decoder: str = "light"
-    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 128
+    decoder: str = "mlp"
+    decoder_width: Annotated[int, Field(ge=8, le=4096)] = 256
     encoder_options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -68,6 +70,36 @@ class Sizing(_Plain):
 
     long_side: Annotated[int, Field(ge=16, le=16384)] | None = None
     max_long_side: Annotated[int, Field(ge=16, le=16384)] = 1024
+
+
+class Refinement(_Plain):
+    """Refinement of the scores along the image, at the size at which the network sees it.
+
+    Attributes:
+        parameters: The pairwise operator: affinity, neighbours, steps. They have to keep scores probabilities:
+            `normalise`, or a mean-field form.
+        guide: Colours along which it works: "rgb" is the image in [0, 1]; "lab" is CIELAB (D65) in units of 100,
+            distances in it being closer to those that an eye sees.
+        enabled: Whether it is on by default.
+        in_graph: The model's graph refines by itself; only an exported artifact says so.
+    """
+
+    parameters: PairwiseParameters
+    guide: Guide = "rgb"
+    enabled: bool = True
+    in_graph: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.parameters.normalise and self.parameters.mean_field is None:
+            raise ValueError("refined scores have to stay probabilities: set normalise, or a mean-field form")
+        return self
+
+    def __str__(self) -> str:
+        parameters = self.parameters
+        neighbours = f"{len(parameters.offsets)} neighbours up to {parameters.reach} px"
+        form = ", mean field" if parameters.mean_field is not None else ""
+        return f"{parameters.kind} over {self.guide}, {neighbours}, {parameters.iterations} steps{form}"
 
 
 class Protocol(_Plain):
@@ -114,6 +146,7 @@ class ModelCard(_Plain):
     architecture: Architecture
     preprocessing: Preprocessing
     sizing: Sizing = Sizing()
+    refinement: Refinement | None = None
     protocol: Protocol | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     digests: dict[str, str] = Field(default_factory=dict)

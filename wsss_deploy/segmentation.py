@@ -50,12 +50,13 @@ class Segmentation:
     """The result of segmenting one image; made by `Segmenter`.
 
     Attributes:
-        network_scores: Class probabilities at the network's size, float32 (C, h, w).
+        network_scores: Class probabilities at the network's size, refined if that is on, float32 (C, h, w).
         image: The segmented image, upright, uint8 (H, W, 3).
         classes: Class names by id.
         palette: RGB by class id.
-        timing: Milliseconds by stage: `pre` (reading, orienting, resizing), `inference`, `refinement`, `post` (scores
-            to mask). In a batch, `inference` is the batch's time divided by its images.
+        timing: Milliseconds by stage: `pre` (reading, orienting, resizing), `inference`, `refinement` (0 where the
+            model's graph refines), `post` (scores to mask). In a batch, `inference` and `refinement` are the batch's
+            time divided by its images.
         mask: Class ids, uint8 (H, W): exactly the image's size.
         confidence: The winning class's score, float32 (H, W).
     """

@@ -17,6 +17,7 @@ from wsss_deploy.backends.base import Backend
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ArtifactError, ImageError, UsageError
 from wsss_deploy.images import ImageSource, load_image
+from wsss_deploy.refinement import Asked, decide
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.sizing import network_size
 
@@ -40,23 +41,39 @@ class Segmenter:
         backend: "auto" (by the kind of file), "torch" or "onnxruntime".
         threads: CPU threads of one inference; None leaves the runtime's default. In torch this is a setting of the
             whole process.
+        refine: Whether the scores are refined along the image's edges: None leaves it to the model's card, False is
+            never, True always, with the card's parameters or else `wsss_deploy.refinement.DEFAULT`; a
+            `PairwiseParameters` or a `wsss_deploy.card.Refinement` is taken as it is.
 
     Raises:
         ArtifactError: The file is absent, damaged or not ours.
         BackendError: Its runtime is not installed or cannot run on that device.
-        UsageError: An argument is none of the known ones.
+        UsageError: An argument is none of the known ones, or `refine` contradicts a graph that refines by itself.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], device: str = "auto", backend: str = "auto", threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+        refine: Asked = None,
     ) -> None:
         model = check_path(path)
         self._source = model.name
         self._card = read_card(model)
+        self._choice = decide(refine, self._card, in_graph=model.suffix.lower() != ".pt")
+        self._refiner = self._choice.refiner(threads)
         self._backend: Backend = open_backend(model, device, backend, threads)
 
     @classmethod
-    def from_network(cls, network: SegmentationNetwork, card: ModelCard, device: str = "cpu") -> Self:
+    def from_network(
+        cls,
+        network: SegmentationNetwork,
+        card: ModelCard,
+        device: str = "cpu",
+        refine: Asked = None,
+    ) -> Self:
         """Use a network that is already in memory, for example during training.
 
         The network is not copied. It is moved to the device and switched to evaluation mode, here and at every
@@ -66,9 +83,11 @@ class Segmenter:
             network: The network.
             card: What the model's file would say.
             device: As in the class.
+            refine: As in the class.
 
         Raises:
             BackendError: The device does not work.
+            UsageError: `refine` cannot be used.
         """
         check_device_name(device)
         from wsss_deploy.backends.torch_backend import TorchBackend
@@ -76,6 +95,8 @@ class Segmenter:
         segmenter = cls.__new__(cls)
         segmenter._source = "network in memory"
         segmenter._card = card
+        segmenter._choice = decide(refine, card, in_graph=False)
+        segmenter._refiner = segmenter._choice.refiner()
         segmenter._backend = TorchBackend(network, card, device)
         return segmenter
 
@@ -85,8 +106,13 @@ class Segmenter:
         return self._card
 
     def describe(self) -> dict[str, Any]:
-        """What really runs: model, runtime and its version, device or providers, precision, threads; plain data."""
-        return {"model": self._source, "classes": len(self._card.classes), **self._backend.describe()}
+        """What really runs: model, runtime and its version, device or providers, precision, threads; plain data.
+
+        `refinement` holds `form` ("none", "graph", or the form of the pairwise operator), `reason` (who decided), and
+        with a form also `summary`, `guide`, `parameters` and why that form.
+        """
+        told = {"model": self._source, "classes": len(self._card.classes), **self._backend.describe()}
+        return told | {"refinement": self._choice.describe(self._backend.name, self._backend.device)}
 
     def predict(self, image: ImageSource) -> Segmentation:
         """Segment one image.
@@ -150,23 +176,26 @@ class Segmenter:
 
     def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
         start = time.perf_counter()
-        scores = self._backend.run(np.stack([item.resized for item in batch]))
-        inference = _milliseconds(start) / len(batch)
+        scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
+        refinement /= len(batch)
+        inference = _milliseconds(start) / len(batch) - refinement
         expected = (len(batch), len(self._card.classes), *batch[0].resized.shape[:2])
         if scores.shape != expected:
             raise ArtifactError(
                 f"{self._source}: gave scores of shape {scores.shape}, its card promises {expected}; export it again"
             )
-        return [self._result(item, part, inference) for item, part in zip(batch, scores, strict=True)]
+        return [self._result(item, part, inference, refinement) for item, part in zip(batch, scores, strict=True)]
 
-    def _result(self, item: _Prepared, scores: npt.NDArray[np.float32], inference: float) -> Segmentation:
+    def _result(
+        self, item: _Prepared, scores: npt.NDArray[np.float32], inference: float, refinement: float
+    ) -> Segmentation:
         start = time.perf_counter()
         if not np.isfinite(scores).all():
             raise ArtifactError(
                 f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
                 "training diverged: train it again, with a lower learning rate if that repeats"
             )
-        timing = {"pre": item.milliseconds, "inference": inference, "refinement": 0.0, "post": 0.0}
+        timing = {"pre": item.milliseconds, "inference": inference, "refinement": refinement, "post": 0.0}
         result = Segmentation(scores, item.image, self._card.classes, self._card.palette, timing)
         timing["post"] = _milliseconds(start)
         return result

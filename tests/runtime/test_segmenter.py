@@ -89,7 +89,9 @@ def test_batches_keep_the_order_and_the_results(any_segmenter, monkeypatch):
 def test_equal_sizes_go_through_the_network_together(color_segmenter, monkeypatch):
     seen = []
     run = color_segmenter._backend.run
-    monkeypatch.setattr(color_segmenter._backend, "run", lambda images: seen.append(images.shape) or run(images))
+    monkeypatch.setattr(
+        color_segmenter._backend, "run", lambda images, refiner: seen.append(images.shape) or run(images, refiner)
+    )
     color_segmenter.predict_batch([np.zeros((9, 8, 3), np.uint8), np.zeros((5, 5), np.uint8)] * 3)
     assert seen == [(3, 9, 8, 3), (3, 5, 5, 3)]
 
@@ -106,7 +108,9 @@ def test_the_card_says_the_networks_size(color_network, color_card, monkeypatch)
     fixed = Segmenter.from_network(color_network, card)
     seen = []
     run = fixed._backend.run
-    monkeypatch.setattr(fixed._backend, "run", lambda images: seen.append(images.shape[1:3]) or run(images))
+    monkeypatch.setattr(
+        fixed._backend, "run", lambda images, refiner: seen.append(images.shape[1:3]) or run(images, refiner)
+    )
     for shape in ((1, 5000), (300, 400), (20, 10)):
         assert fixed.predict(np.zeros(shape, np.uint8)).mask.shape == shape
     assert seen == [(16, 64), (48, 64), (64, 32)]

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from wsss_deploy.refinement import Refiner
+
+
+class Output(NamedTuple):
+    """What a runtime gives for a batch.
+
+    Attributes:
+        scores: Class probabilities, float32 (N, C, H, W); refined where a refiner was given.
+        refinement_ms: Milliseconds that refining took.
+    """
+
+    scores: npt.NDArray[np.float32]
+    refinement_ms: float
 
 
 class Backend(Protocol):
@@ -19,14 +34,12 @@ class Backend(Protocol):
     name: str
     device: str
 
-    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities.
 
         Args:
             images: RGB, uint8 (N, H, W, 3), any H and W.
-
-        Returns:
-            float32 (N, C, H, W).
+            refiner: Applied to the scores where they are, before they leave the device.
 
         Raises:
             BackendError: The runtime failed.

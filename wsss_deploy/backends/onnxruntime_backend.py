@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from wsss_deploy.backends.base import Output
+from wsss_deploy.errors import ArtifactError, BackendError
+
+# Read when onnxruntime is imported: a segmenter reports to nobody.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-from wsss_deploy.errors import ArtifactError, BackendError
+if TYPE_CHECKING:
+    from wsss_deploy.refinement import Refiner
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -83,8 +92,8 @@ class OnnxRuntimeBackend:
                 "'scores'; export it with wsss-export"
             )
 
-    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Class probabilities, see `Backend.run`."""
+    def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
+        """Class probabilities, see `Backend.run`; the refiner reads the runtime's own output buffer."""
         try:
             result: npt.NDArray[np.float32] = self._session.run(["scores"], {"image": images})[0]
         except Exception as error:  # as above
@@ -93,7 +102,10 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device"
             ) from error
-        return result
+        if refiner is None:
+            return Output(result, 0.0)
+        start = time.perf_counter()
+        return Output(refiner(result, images), (time.perf_counter() - start) * 1e3)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from wsss_deploy.backends.base import Output
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import BackendError
 from wsss_deploy.networks import DeployedNetwork, SegmentationNetwork
+
+if TYPE_CHECKING:
+    from wsss_deploy.refinement import Refiner
 
 
 class TorchBackend:
@@ -32,7 +37,7 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self._module = DeployedNetwork(network, card.preprocessing).to(self.device).eval()
 
-    def run(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`."""
         if self._module.network.training:  # the owner of a network given by `from_network` went on training it
             self._module.network.eval()
@@ -40,15 +45,26 @@ class TorchBackend:
         try:
             # An autocast of the caller must not lower the precision here.
             with torch.inference_mode(), torch.autocast(kind, enabled=False):
-                scores, _ = self._module(torch.from_numpy(images).to(self.device))
-                result: npt.NDArray[np.float32] = scores.float().cpu().numpy()
+                batch = torch.from_numpy(images).to(self.device)
+                scores = self._module(batch)[0].float()
+                spent = 0.0
+                if refiner is not None:
+                    self._wait()  # or the network's time on a GPU would count as the refinement's
+                    start = time.perf_counter()
+                    scores = refiner(scores, batch)
+                    self._wait()
+                    spent = (time.perf_counter() - start) * 1e3
+                return Output(scores.cpu().numpy(), spent)
         except (RuntimeError, MemoryError) as error:
             shape = " x ".join(map(str, images.shape[:3]))
             raise BackendError(
                 f"torch failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device"
             ) from error
-        return result
+
+    def _wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""

@@ -25,6 +25,15 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error and debug messages")
 
+    def add_refinement(self) -> None:
+        """Add `--refine` and `--no-refine`; without either, `refine` is None."""
+        self.add_argument(
+            "--refine",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="refine scores along the image's edges, or not (default: as the model's card says)",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Print the message and where help is to be had, then exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")

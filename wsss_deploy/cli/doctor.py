@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from rich.markup import escape
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends import RUNTIMES, can_run
 from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.pairwise import choose, forms
 
 _PACKAGES = (
     *("wsss-deploy", "numpy", "pillow", "pydantic", "torch", "torchvision", "timm", "onnx", "onnxscript"),
@@ -73,6 +75,11 @@ def inspect_machine() -> dict[str, Any]:
             name: {"files": suffix, **can_run(name)._asdict(), "devices": _devices(name)}
             for suffix, name in RUNTIMES.items()
         },
+        "pairwise": {
+            "forms": {form.name: {"available": form.available, "reason": form.reason} for form in forms()},
+            # Arrays are what ONNX Runtime gives, tensors what torch gives.
+            "chosen": {kind: asdict(choose("auto", is_torch=kind == "tensors")) for kind in _kinds_of_arrays()},
+        },
         "problems": problems,
     }
 
@@ -107,6 +114,10 @@ def inspect_model(model: str, device: str) -> dict[str, Any]:
     }
 
 
+def _kinds_of_arrays() -> list[str]:
+    return ["arrays", "tensors"] if can_run("torch").available else ["arrays"]
+
+
 def _devices(runtime: str) -> list[str]:
     """Devices or providers that a runtime reports; only asking it, so it must be imported."""
     if not can_run(runtime).available:
@@ -135,6 +146,11 @@ def _print_machine(report: dict[str, Any]) -> None:
         mark = "[green]can run[/]" if runtime["available"] else "[red]cannot run[/]"
         devices = f" on {', '.join(runtime['devices'])}" if runtime["devices"] else ""
         console.print(f"{mark} {runtime['files']} files: {escape(runtime['reason'] + devices)}")
+    for name, form in report["pairwise"]["forms"].items():
+        mark = "[green]can run[/]" if form["available"] else "[red]cannot run[/]"
+        console.print(f"{mark} pairwise operator, form {name}: {escape(form['reason'])}")
+    for kind, form in report["pairwise"]["chosen"].items():
+        console.print(escape(f"pairwise operator on {kind}: form {form['name']} ({form['reason']})"))
     for problem in report["problems"]:
         console.print(f"[red]problem[/] {escape(problem)}")
 
@@ -153,6 +169,8 @@ def _print_model(report: dict[str, Any]) -> None:
         )
     where = ", ".join(ran["providers"]) if "providers" in ran else ran["device"]
     console.print(escape(f"ran in {ran['backend']} {ran['version']} on {where} ({ran['device_reason']})"))
+    refinement = ran["refinement"]
+    console.print(escape(f"refinement: {refinement.get('summary', 'none')} ({refinement['reason']})"))
     times = report["second_ms"]
     console.print(
         f"{report['image']} pixels: " + ", ".join(f"{stage} {value:.1f} ms" for stage, value in times.items())

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--opacity", type=float, default=0.5, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)"
     )
+    parser.add_refinement()
     parser.add_argument("--json", action="store_true", help=f"print the content of {RECORD} instead of a summary")
     run_command(parser, _predict, argv)
 
@@ -60,7 +61,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
     names = output_names(images)
     _check_targets(out, names)
-    segmenter = Segmenter(arguments.model, device=arguments.device)
+    segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine)
 
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
@@ -124,7 +125,7 @@ def _report(record: dict[str, Any], out: Path) -> str:
         lines.append(f"{item['image']}  {sum(item['timing_ms'].values()):.0f} ms  {shares}")
     runtime = record["runtime"]
     lines.append(
-        f"{len(record['images'])} segmented with {runtime['model']} in {runtime['backend']} on {runtime['device']}; "
-        f"results in {out}"
+        f"{len(record['images'])} segmented with {runtime['model']} in {runtime['backend']} on {runtime['device']}, "
+        f"{'not refined' if runtime['refinement']['form'] == 'none' else 'refined'}; results in {out}"
     )
     return "\n".join(lines) + "\n"
