@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from PIL import Image
 
@@ -24,14 +24,19 @@ from wsss_deploy.artifact import load_model, read_card
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ParityError
 from wsss_deploy.images import load_image
-from wsss_deploy.networks import DeployedNetwork, restore_network
+from wsss_deploy.networks import DeployedNetwork, RefinedNetwork, restore_network
 from wsss_deploy.sizing import network_size
+
+# Read when onnxruntime is imported: an export reports to nobody.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 REPORT = "parity.json"
 REPORT_FAILED = "parity_failed.json"
 MOST_IMAGES = 8
 
 _Images = npt.NDArray[np.uint8]
+_Network = DeployedNetwork | RefinedNetwork
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,9 @@ def check_parity(
 ) -> ParityReport:
     """Compare an ONNX file with the `model.pt` that it was made from, on the CPU.
 
-    The graph is compared with `DeployedNetwork` on procedural images of several sizes (smaller than the stride,
-    odd, not square, one and two images a batch) and on the real images at the size at which the network sees them.
-    The final masks are compared through `Segmenter`.
+    The graph is compared with `DeployedNetwork`, and with the plain torch refinement behind it where the graph refines,
+    on procedural images of several sizes (smaller than the stride, odd, not square, one and two images a batch) and on
+    the real images at the size at which the network sees them. The final masks are compared through `Segmenter`.
 
     Args:
         model: The `model.pt`.
@@ -171,7 +176,9 @@ def check_parity(
     _, state_dict = load_model(model)
     card = read_card(candidate)  # the exported one: what the file promises is what is compared
     network = restore_network(card, state_dict, str(model))
-    reference = DeployedNetwork(network, card.preprocessing).eval()
+    deployed = DeployedNetwork(network, card.preprocessing).eval()
+    refined = card.refinement if card.refinement is not None and card.refinement.in_graph else None
+    reference = deployed if refined is None else RefinedNetwork(deployed, refined).eval()
     session = _Session(candidate)
     real = [(path.name, load_image(path)) for path in images[:MOST_IMAGES]]
     cases = tuple(_compare(reference, session, name, batch, thresholds) for name, batch in _batches(card, real))
@@ -235,9 +242,7 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
         yield name, np.array(resized)[None]
 
 
-def _compare(
-    reference: DeployedNetwork, session: _Session, source: str, batch: _Images, thresholds: Thresholds
-) -> Case:
+def _compare(reference: _Network, session: _Session, source: str, batch: _Images, thresholds: Thresholds) -> Case:
     with torch.inference_mode():
         expected_scores, expected_mask = (output.numpy() for output in reference(torch.from_numpy(batch)))
     scores, mask = session.run(batch)

@@ -78,8 +78,8 @@ class Refinement(_Plain):
     Attributes:
         parameters: The pairwise operator: affinity, neighbours, steps. They have to keep scores probabilities:
             `normalise`, or a mean-field form.
-        guide: Colours along which it works: "rgb" is the image in [0, 1]; "lab" is CIELAB (D65) in units of 100,
-            distances in it being closer to those that an eye sees.
+        guide: Colours along which it works: "rgb" is the image in [0, 1]; "opponent" is brightness, red against
+            green and yellow against blue (`wsss_deploy.pairwise.guides`).
         enabled: Whether it is on by default.
         in_graph: The model's graph refines by itself; only an exported artifact says so.
     """

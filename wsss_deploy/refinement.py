@@ -28,7 +28,7 @@ Asked = bool | PairwiseParameters | Refinement | None
 
 #: What `refine=True` means for a model whose card names no refinement; chosen by measurement, see docs/pairwise.md.
 DEFAULT = Refinement(
-    parameters=PairwiseParameters(kind="par", dilations=(2, 4, 8, 16), iterations=8, normalise=True), guide="lab"
+    parameters=PairwiseParameters(kind="par", dilations=(2, 4, 8, 16), iterations=8, normalise=True), guide="opponent"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wsss_deploy.networks.decoder import DECODERS
-from wsss_deploy.networks.deploy import DeployedNetwork
+from wsss_deploy.networks.deploy import DeployedNetwork, RefinedNetwork
 from wsss_deploy.networks.encoder import Encoder, encoder_preprocessing
 from wsss_deploy.networks.network import SegmentationNetwork, build_network, restore_network
 
@@ -11,6 +11,7 @@ __all__ = [
     "DECODERS",
     "DeployedNetwork",
     "Encoder",
+    "RefinedNetwork",
     "SegmentationNetwork",
     "build_network",
     "encoder_preprocessing",

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsss_deploy.card import Preprocessing
+from wsss_deploy.card import Preprocessing, Refinement
 from wsss_deploy.networks.network import SegmentationNetwork
+from wsss_deploy.pairwise import reference, torch_ops
+from wsss_deploy.pairwise.guides import make_guide
+from wsss_deploy.refinement import keep_lone
 
 
 class DeployedNetwork(nn.Module):
@@ -54,3 +57,30 @@ class DeployedNetwork(nn.Module):
             index = torch.arange(padded, device=image.device).clamp(max=size - 1)
             image = image.index_select(dim, index)
         return image
+
+
+class RefinedNetwork(nn.Module):
+    """A deployed network and the refinement of its scores by the plain torch form; the operator's nodes stay visible.
+
+    Args:
+        deployed: Gives the scores.
+        refinement: Operator and guide.
+    """
+
+    def __init__(self, deployed: DeployedNetwork, refinement: Refinement) -> None:
+        super().__init__()
+        self.deployed = deployed
+        self.refinement = refinement
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Segment images; shapes as in `DeployedNetwork.forward`."""
+        parameters = self.refinement.parameters
+        told = parameters.to_json(), "torch", 1
+        scores, _ = self.deployed(image)
+        weights = torch_ops.pairwise_affinity(make_guide(image, self.refinement.guide), *told)
+        unary = reference.unary_of(scores, parameters)
+        refined = scores
+        for _ in range(parameters.iterations):
+            refined = torch_ops.pairwise_step(refined, weights, unary, *told)
+        refined = keep_lone(refined, scores, parameters)
+        return refined, refined.argmax(dim=1).to(torch.uint8)
