@@ -1,6 +1,7 @@
 """Published vectors through the production code; README_scribble.md and README_imagelevel.md say what they hold.
 
-The case is chosen by the file's prefix and the arrays it holds, never by its number.
+The case is chosen by the file's prefix and the arrays it holds, never by its number. The vectors of training from
+image tags (scd_, affinity_, sfc_) are in test_image_level_vectors.py.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ Arrays = Mapping[str, np.ndarray]
 # Families whose method is not built yet, with the reason; the only place that lets a file go unchecked.
 NOT_BUILT = {
     "dfr_precursor_": "the DFR method is not built yet",
-    "scd_": "training from image tags is not built yet",
-    "affinity_": "training from image tags is not built yet",
-    "sfc_": "training from image tags is not built yet",
 }
 
 
@@ -44,14 +42,19 @@ def kernels_of(arrays: Arrays) -> list[Kernel]:
 
 def check_gated_crf(arrays: Arrays) -> None:
     """gated_crf_ and dfr_kernel_: value and gradients at both precisions, in every form that the file holds."""
-    for dtype, value_tolerance, gradient_tolerance in ((torch.float64, 1e-10, 1e-10), (torch.float32, 2e-5, 5e-6)):
-        check_value_and_gradients(arrays, dtype, value_tolerance, gradient_tolerance, padding=True)
-        if "loss_valid_pairs_f64" in arrays:
-            check_value_and_gradients(arrays, dtype, value_tolerance, gradient_tolerance, padding=False)
+    for form in (form.name for form in forms() if form.available and form.name != "numpy"):
+        for dtype, value_tolerance, gradient_tolerance in ((torch.float64, 1e-10, 1e-10), (torch.float32, 2e-5, 5e-6)):
+            for padding in (True, False) if "loss_valid_pairs_f64" in arrays else (True,):
+                check_value_and_gradients(arrays, form, dtype, value_tolerance, gradient_tolerance, padding)
 
 
 def check_value_and_gradients(
-    arrays: Arrays, dtype: torch.dtype, value_tolerance: float, gradient_tolerance: float, padding: bool
+    arrays: Arrays,
+    form: str,
+    dtype: torch.dtype,
+    value_tolerance: float,
+    gradient_tolerance: float,
+    padding: bool,
 ) -> None:
     logits = torch.from_numpy(arrays["logits"]).to(dtype).requires_grad_()
     probabilities = logits.softmax(dim=1)
@@ -79,16 +82,17 @@ def check_value_and_gradients(
         **given,
         count_padding_pairs=padding,
         kernel_gradient=bool(with_kernel),
+        form=form,
     )
     loss.backward()
     assert loss.dtype == dtype
-    form = "" if padding else "_valid_pairs"
-    assert_close(f"loss{form}", loss, arrays[f"loss{form}_f64"], value_tolerance)
-    assert_close(f"grad_logits{form}", logits.grad, arrays[f"grad_logits{form}_f64"], gradient_tolerance)
+    suffix = "" if padding else "_valid_pairs"
+    assert_close(f"{form} loss{suffix}", loss, arrays[f"loss{suffix}_f64"], value_tolerance)
+    assert_close(f"{form} grad_logits{suffix}", logits.grad, arrays[f"grad_logits{suffix}_f64"], gradient_tolerance)
     if "grad_softmax_f64" in arrays:
-        assert_close("grad_softmax", probabilities.grad, arrays["grad_softmax_f64"], gradient_tolerance)
+        assert_close(f"{form} grad_softmax", probabilities.grad, arrays["grad_softmax_f64"], gradient_tolerance)
     for name in with_kernel:
-        assert_close(f"grad_{name}", raw[name].grad, arrays[f"grad_{name}_f64"], gradient_tolerance)
+        assert_close(f"{form} grad_{name}", raw[name].grad, arrays[f"grad_{name}_f64"], gradient_tolerance)
     if not with_kernel:
         assert all(value.grad is None for value in raw.values())
     for name, value in before.items():

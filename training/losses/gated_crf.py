@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.losses.pairwise_energy import KernelTerm, PairwiseEnergy, Plan
 from wsss_deploy.errors import UsageError
+from wsss_deploy.pairwise import EnergyParameters, EnergyTerm, energy
 
 XY = "xy"
 MASK = "mask"
@@ -59,6 +59,7 @@ def gated_crf_loss(
     count_padding_pairs: bool = False,
     one_way: bool = False,
     kernel_gradient: bool = False,
+    form: str = "auto",
 ) -> Tensor:
     r"""Pairwise energy of class distributions within a window, per counted pixel.
 
@@ -68,8 +69,9 @@ def gated_crf_loss(
     a source mask s its sum, or with a destination mask d its sum, at least 1. Modalities and masks may be a whole
     multiple of the prediction's size; they are area-averaged, and a mask cell counts only if all its pixels do.
 
-    Computed in float32 at least, whatever autocast says, streamed over half of the window's offsets: the peak is
-    O(N C H W), gradient included. Inputs are never modified.
+    Computed in float32 at least, whatever autocast says, streamed over half of the window's offsets by
+    `wsss_deploy.pairwise.energy`, whose form (`energy_form` says which and why) is compiled on a CPU: it needs no
+    memory beyond the gradient. Inputs are never modified.
 
     Args:
         probabilities: Softmax (N, C, H, W).
@@ -85,12 +87,14 @@ def gated_crf_loss(
             released code does without a source mask. Changes the value only, not the gradient to probabilities.
         one_way: Treat the neighbour's distribution as constant: pixels are pulled towards sources, which stay.
         kernel_gradient: Let gradients flow into the modalities; else kernels are constants.
+        form: "auto", or a form of the energy by name.
 
     Returns:
         Scalar, float32 or float64. Exactly 0 if a mask is empty.
 
     Raises:
         UsageError: Shapes, names or values that do not fit.
+        BackendError: A form asked for by name is not available.
     """
     _check(probabilities, kernels, modalities, radius, compatibility)
     with torch.autocast(probabilities.device.type, enabled=False):
@@ -103,15 +107,21 @@ def gated_crf_loss(
         }
         features = [_features(kernel, small) for kernel in kernels]
         source, destination = (None if mask is None else shrink.mask(mask, p) for mask in (mask_src, mask_dst))
-        ones = torch.ones_like(p[:, :1])
-        s, d = (ones if mask is None else mask for mask in (source, destination))
-        terms = tuple(KernelTerm(kernel.weight, kernel.sigmas.get(XY)) for kernel in kernels)
-        matrix = None if compatibility is None else _rescaled(compatibility.to(p.device)).to(dtype)
-        energy: Tensor = PairwiseEnergy.apply(p, s, d, matrix, Plan(radius, terms, one_way), *features)
-        if count_padding_pairs and source is None and matrix is None:
-            energy = energy + _padding_energy(kernels, features, d, radius)
-        counted = destination if destination is not None else s
-        return energy / counted.sum().clamp(min=1)
+        terms = tuple(EnergyTerm(weight=kernel.weight, xy_sigma=kernel.sigmas.get(XY)) for kernel in kernels)
+        total = energy(
+            p,
+            features,
+            EnergyParameters(radius=radius, terms=terms, one_way=one_way),
+            source=source,
+            destination=destination,
+            compatibility=None if compatibility is None else _rescaled(compatibility.to(p.device)).to(dtype),
+            form=form,
+        )
+        counted = destination if destination is not None else source
+        if count_padding_pairs and source is None and compatibility is None:
+            receivers = torch.ones_like(p[:, :1]) if destination is None else destination
+            total = total + _padding_energy(kernels, features, receivers, radius)
+        return total / (p[:, :1].numel() if counted is None else counted.sum().clamp(min=1))
 
 
 class GatedCRFLoss(nn.Module):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from wsss_deploy.pairwise.energy_parameters import EnergyParameters
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 _KINDS = ("par", "varm", "gaussian")
@@ -74,6 +76,59 @@ def refine(
         threads,
         isa,
     )
+
+
+def energy(
+    left: Any,
+    right: Any,
+    gates: Sequence[Any] | None,
+    sums: Any,
+    potts: bool,
+    parameters: EnergyParameters,
+    features: Sequence[Any],
+    gradients: Sequence[Any],
+    feature_of_term: Sequence[int],
+    wanted: Sequence[bool],
+    threads: int,
+    isa: str = "auto",
+) -> float:
+    """Write neighbour sums (N, D, H, W) and the wanted features' gradients; see `energy_reference`.
+
+    Args:
+        left: (N, D, H, W); with `potts` the probabilities.
+        right: As `left`.
+        gates: s and d, (N, 1, H, W); None is a gate of 1 for every pair.
+        sums: Output; with `potts` -sum_j w_ij p_j, else sum_j w_ij right_j.
+        potts: A pair's energy is 1 - <left_i, right_j>, else <left_i, right_j>.
+        parameters: Window and kernel.
+        features: Maps (N, G, H, W).
+        gradients: Output for each map; not written where not wanted.
+        feature_of_term: Per term its map's number, -1 is none.
+        wanted: Per term, whether the gradient of its map is.
+        threads: At most this many.
+        isa: "auto", or an instruction set by name.
+
+    Returns:
+        The energy. Memory beyond the arrays: two rings of rows a thread, 2 MB or less for the usual windows.
+    """
+    targets = {index for index, want in zip(feature_of_term, wanted, strict=True) if want}
+    value: float = _module().energy(
+        parameters.radius,
+        [
+            (term.weight, term.inverse_square, index, want)
+            for term, index, want in zip(parameters.terms, feature_of_term, wanted, strict=True)
+        ],
+        potts,
+        left,
+        right,
+        *(gates or (None, None)),
+        list(features),
+        sums,
+        [gradient if number in targets else None for number, gradient in enumerate(gradients)],
+        threads,
+        isa,
+    )
+    return value
 
 
 def _module() -> Any:

@@ -125,6 +125,18 @@ WSSS_INLINE V varm_weight(V exponent, V inverse_sum, V tau, V tau_inverse_sum, S
   return (exponent * inverse_sum - tau * tau_inverse_sum * second) * scale;
 }
 
+// energy: the gate of the unordered pair {i, j}, both directions together: d_i s_j + s_i d_j.
+template <class V>
+WSSS_INLINE V pair_gate(V source_i, V destination_i, V source_j, V destination_j) {
+  return destination_i * source_j + source_i * destination_j;
+}
+
+// energy: one Gaussian of a pair, factor * exp(-squares / 2); the factor holds its weight, position and gate.
+template <class V, class S>
+WSSS_INLINE V gaussian_power(V squares, S factor) {
+  return exponential(squares * typename Number<V>::Scalar(-0.5)) * factor;
+}
+
 WSSS_INLINE int clamped(int position, int size) {
   return position < 0 ? 0 : (position < size ? position : size - 1);
 }

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "driver.h"
+#include "energy_bindings.h"
 
 namespace nb = nanobind;
 using namespace wsss;
@@ -135,4 +136,5 @@ NB_MODULE(_cpu, module) {
              "The instruction set that calls use by default: avx512, avx2 or base.");
   bind<float>(module);
   bind<double>(module);
+  bind_energy(module);
 }

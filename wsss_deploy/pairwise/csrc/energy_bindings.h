@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// Adds `energy` for float32 and float64.
+void bind_energy(nanobind::module_& module);
