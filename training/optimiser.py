@@ -51,13 +51,16 @@ def _groups(
 
 
 def learning_rate(iteration: int, settings: Optimisation) -> float:
-    """Base rate of an iteration: linear warm-up, then (1 - t/T)^power.
+    """Base rate of an iteration: linear warm-up, and the decay (1 - t/T)^power; see `Optimisation.schedule`.
 
     Args:
         iteration: 0-based.
         settings: Peak rate, warm-up, power, length.
     """
     warmup = max(1, round(settings.warmup * settings.iterations))
+    if settings.schedule == "switch" and iteration < warmup:
+        start = settings.warmup_start
+        return settings.learning_rate * (start + (1 - start) * iteration / warmup)
     rise = min(1.0, (iteration + 1) / warmup)
     return settings.learning_rate * rise * (1.0 - iteration / settings.iterations) ** settings.power
 

@@ -58,6 +58,9 @@ class Optimisation(_Strict):
         weight_decay: Decoupled decay; biases, norms and position tables are exempt.
         warmup: Fraction of the iterations over which the rate rises linearly.
         power: Exponent of the polynomial decay.
+        schedule: "product" multiplies warm-up and decay; "switch" rises to the peak and then jumps to where the decay
+            would be by then, as the released code of AFA and TSCD does.
+        warmup_start: The warm-up's first factor under "switch".
         clip: Largest gradient norm; 0 turns clipping off.
         ema: Decay of the exponential moving average of the weights that is evaluated and saved; 0 turns it off.
     """
@@ -69,6 +72,8 @@ class Optimisation(_Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup: Fraction = 0.1
     power: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["product", "switch"] = "product"
+    warmup_start: Fraction = 1e-6
     clip: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
