@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Families of test_image_level_vectors.py; every other file, known or not, belongs to test_vectors.py.
+_IMAGE_LEVEL = ("scd_", "affinity_", "sfc_")
 _DEFAULT = Path(os.environ.get("WSSS_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "parity"
 
 
@@ -30,7 +32,8 @@ def pytest_generate_tests(metafunc):
     if "vector_file" not in metafunc.fixturenames:
         return
     folder = _folder(metafunc.config) or _DEFAULT
-    files = sorted(folder.glob("*.npz"))
+    ours = metafunc.module.__name__.endswith("test_image_level_vectors")
+    files = sorted(path for path in folder.glob("*.npz") if path.stem.startswith(_IMAGE_LEVEL) == ours)
     absent = pytest.mark.skip(reason="no vectors: set WSSS_SHARED to the shared folder, or give --vectors DIR")
     values = files or [pytest.param(None, marks=absent, id="no-vectors")]
     metafunc.parametrize("vector_file", values, ids=lambda value: value.stem if value else None)

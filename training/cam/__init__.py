@@ -1,0 +1,1 @@
+"""Class activation maps, prototypes and pseudo-labels from image tags; see docs/tags.md."""
