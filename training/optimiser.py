@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.recipe import Optimisation
 
@@ -69,3 +69,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set every group to its factor times the base rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """An exponential moving average for `AveragedModel` whose decay rises to its value.
+
+    With a fixed decay a short run would end with a good part of its start still in the average. After n states it is
+    at most (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`: about the last tenth of all states.
+
+    Args:
+        decay: Weight of the past after many states.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        seen = float(count)
+        weight = 1.0 - min(decay, (1.0 + seen) / (10.0 + seen))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, weight)
+        else:  # counters
+            for average, value in zip(averages, current, strict=True):
+                average.copy_(value)
+
+    return update

@@ -75,7 +75,7 @@ class Optimisation(_Strict):
     schedule: Literal["product", "switch"] = "product"
     warmup_start: Fraction = 1e-6
     clip: Annotated[float, Field(ge=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
 
 class EvaluationSettings(_Strict):
@@ -115,8 +115,8 @@ class Recipe(_Strict):
         simulation: Used only where labels have to be simulated.
         train_split: Name of the split to train on.
         inference_long_side: Longer side, in pixels, at which the trained model is meant to run; 0 runs at each
-            image's own size. None takes the largest at which it was trained, `augmentation.size` times the largest
-            scale: more pixels cost nothing in training and sharpen every border.
+            image's own size. None takes 1.6 times `augmentation.size`, to a multiple of 32: somewhat more pixels than
+            in training cost nothing there and sharpen every border (docs/results.md).
         seed: Seed of everything random.
         precision: "auto" is bf16 on a GPU or CPU that computes it natively and fp32 elsewhere; losses and norms
             run in fp32 either way.

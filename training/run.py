@@ -33,6 +33,9 @@ from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_pre
 
 _log = logging.getLogger(__name__)
 
+# See `Recipe.inference_long_side`.
+_INFERENCE_SCALE = 1.6
+
 MODEL, RECIPE, RECORD = "model.pt", "recipe.yaml", "run.json"
 
 
@@ -147,7 +150,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     method = build_method(recipe.method, len(source.classes), preprocessing, counts)
     long_side = recipe.inference_long_side
     if long_side is None:
-        long_side = round(recipe.augmentation.size * recipe.augmentation.scale[1])
+        long_side = 32 * round(_INFERENCE_SCALE * recipe.augmentation.size / 32)
     card = ModelCard(
         name=f"{source.name}-{recipe.supervision}",
         classes=source.classes,

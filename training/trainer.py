@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from training.data.pipeline import PositionSampler, TrainingSet, make_loader
 from training.evaluate import EvaluationResult
 from training.methods import Batch, Method
-from training.optimiser import build_optimizer, learning_rate, set_learning_rate
+from training.optimiser import build_optimizer, learning_rate, moving_average, set_learning_rate
 from training.recipe import Recipe
 from training.report import RunReport
 from training.state import CHECKPOINT, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -131,9 +131,9 @@ class Trainer:
         decay = self.recipe.optimisation.ema
         if not decay:
             return None
-        return AveragedModel(
-            self._module.module.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        ).to(self._fabric.device)
+        return AveragedModel(self._module.module.network, multi_avg_fn=moving_average(decay), use_buffers=True).to(
+            self._fabric.device
+        )
 
     def run(self, resume: bool = False, show: bool = True) -> Trained:
         """Train to the end.

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
 
-from training.optimiser import build_optimizer, learning_rate, set_learning_rate
+from training.optimiser import build_optimizer, learning_rate, moving_average, set_learning_rate
 from training.recipe import Optimisation
 from wsss_deploy.card import Architecture
 from wsss_deploy.networks import build_network
@@ -29,3 +31,25 @@ def test_groups_cover_every_parameter_once_and_exempt_vectors_and_positions():
         assert (id(parameter) in plain) == (parameter.ndim <= 1 or "pos_embed" in name or "token" in name), name
     set_learning_rate(optimizer, 1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 7e-3}
+
+
+def test_the_moving_average_follows_at_first_and_then_keeps_its_decay():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = AveragedModel(network, multi_avg_fn=moving_average(0.8), use_buffers=True)
+    expected = 0.0
+    for count in range(60):
+        value = float(count * count)
+        torch.nn.init.constant_(network.weight, value)
+        average.update_parameters(network)
+        decay = min(0.8, (1 + count) / (10 + count)) if count else 0.0
+        expected = decay * expected + (1 - decay) * value
+        assert float(average.module.weight.detach()) == pytest.approx(expected)
+
+
+def test_the_moving_average_copies_counters():
+    network = torch.nn.BatchNorm1d(2)
+    average = AveragedModel(network, multi_avg_fn=moving_average(0.9), use_buffers=True)
+    for _ in range(3):
+        network.num_batches_tracked += 1
+        average.update_parameters(network)
+    assert int(average.module.num_batches_tracked) == 3
