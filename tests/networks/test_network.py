@@ -51,7 +51,7 @@ def test_normalisation_and_padding_are_the_cards(make_network):
     np.testing.assert_allclose(recorder.image.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"upernet"}))  # that one sees the whole image
 def test_decoder_does_not_depend_on_the_position_or_the_rest_of_the_batch(name):
     torch.manual_seed(0)
     decoder = DECODERS[name]((8, 8), (16, 16), 16, 4).train()  # a BatchNorm would show here
@@ -108,7 +108,7 @@ def test_decoder_is_cheap_beside_the_smallest_vit(make_network):
 def test_unknown_names_and_options_are_told_with_the_nearest():
     with pytest.raises(RecipeError, match=r"'vit_tiny_patch16_22' is no model of timm .*vit_tiny_patch16_224"):
         build_network(Architecture(encoder="vit_tiny_patch16_22"), 3)
-    with pytest.raises(RecipeError, match=r"'heavy' is not known; choose one of: mlp, light"):
+    with pytest.raises(RecipeError, match=r"'heavy' is not known; choose one of: mlp, light, upernet"):
         build_network(Architecture(encoder="test_vit", decoder="heavy"), 3)
     with pytest.raises(RecipeError, match=r"does not take.*colour.*correct encoder_options"):
         build_network(Architecture(encoder="test_vit", encoder_options={"colour": 1}), 3)

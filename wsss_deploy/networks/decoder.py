@@ -1,7 +1,7 @@
 """Decoders: encoder maps and the image to class logits at a quarter of the image's size.
 
-Nothing here looks further than a few pixels or normalises over space, so a tile of a large image gives the same
-result as the whole (up to the encoder's own context).
+Nothing in this file looks further than a few pixels or normalises over space, so a tile of a large image gives the
+same result as the whole (up to the encoder's own context).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_deploy.errors import RecipeError
+from wsss_deploy.networks.upernet import UperNetDecoder
 
 OUTPUT_STRIDE = 4
 
@@ -135,12 +136,14 @@ class MixBlock(nn.Module):
         return mixed
 
 
-DECODERS: dict[str, type[LightDecoder] | type[MLPDecoder]] = {"mlp": MLPDecoder, "light": LightDecoder}
+Decoder = LightDecoder | MLPDecoder | UperNetDecoder
+
+DECODERS: dict[str, type[Decoder]] = {"mlp": MLPDecoder, "light": LightDecoder, "upernet": UperNetDecoder}
 
 
 def build_decoder(
     name: str, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int
-) -> LightDecoder | MLPDecoder:
+) -> Decoder:
     """The decoder of that name.
 
     Args:
