@@ -36,7 +36,7 @@ def broken_graph(monkeypatch, exported):
 
     def use(amount: float) -> Path:
         perturb(proto, amount)
-        monkeypatch.setattr(export.onnx_graph, "build_graph", lambda *_: proto)
+        monkeypatch.setattr(export.onnx_graph, "build_graph", lambda *_, **__: proto)
         return exported() / "model.pt"
 
     return use
@@ -73,7 +73,7 @@ def test_a_graph_that_does_not_run_is_a_mismatch(monkeypatch, exported, tmp_path
     proto = onnx.load(exported() / "model.onnx")
     (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name.endswith("classify.coarse.weight"))
     weight.CopyFrom(numpy_helper.from_array(np.zeros((5, 3, 1, 1), np.float32), weight.name))
-    monkeypatch.setattr(export.onnx_graph, "build_graph", lambda *_: proto)
+    monkeypatch.setattr(export.onnx_graph, "build_graph", lambda *_, **__: proto)
     with pytest.raises(ParityError, match="ONNX Runtime"):
         export_onnx(exported() / "model.pt", tmp_path)
     assert list(tmp_path.iterdir()) == []
