@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from training.losses.dynamic_feature import (
+    block_labels,
+    feature_consistency_loss,
+    feature_smoothness_loss,
+    pair_targets,
+)
 from training.losses.gated_crf import GatedCRFLoss, Kernel, gated_crf_loss
 from training.losses.partial_cross_entropy import (
     PartialCrossEntropyLoss,
@@ -13,7 +19,11 @@ __all__ = [
     "GatedCRFLoss",
     "Kernel",
     "PartialCrossEntropyLoss",
+    "block_labels",
     "class_weights_from_counts",
+    "feature_consistency_loss",
+    "feature_smoothness_loss",
     "gated_crf_loss",
+    "pair_targets",
     "partial_cross_entropy",
 ]
