@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "wsss_deploy" / "pairwise" / "csrc"
 PROGRAM = r"""
 #include "driver.h"
+#include "energy.h"
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -42,8 +43,33 @@ template <class S> double all(Kind kind, int H, int W, int C, int G, int reach, 
   }
   return sum;
 }
+template <class S> double pairs(int H, int W, int C, int G, int radius, int threads) {
+  const int N = 2;
+  const size_t plane = size_t(N) * H * W;
+  std::vector<S> p(plane * C), right(p), map(plane * G), gate(plane, 1), sums(p), gradient(map);
+  for (size_t i = 0; i < p.size(); ++i) p[i] = S(i * 29 % 7) / 7;
+  for (size_t i = 0; i < map.size(); ++i) map[i] = S(i * 37 % 11) / 11;
+  if (W > 5) { map[3] = S(INFINITY); map[7] = S(NAN); p[5] = S(NAN); gate[2] = 0; }
+  double sum = 0;
+  for (const char* isa : {"base", "avx2", "avx512"}) {
+    const EnergyKernels<S>* kernels = energy_kernels_named<S>(isa);
+    if (!kernels) continue;
+    for (bool potts : {true, false}) {
+      const EnergyPlan plan{radius, {{0.5, 0.1, 0, potts}, {0.5, 0, -1, false}, {1, 0, 1, true}}, potts};
+      const EnergyArrays<S> arrays{N, C, H, W, p.data(), potts ? p.data() : right.data(),
+        potts ? gate.data() : nullptr, potts ? gate.data() : nullptr,
+        {{map.data(), G, gradient.data()}, {map.data(), G, gradient.data()}}, sums.data()};
+      const double value = energy<S>(plan, *kernels, arrays, threads);
+      sum += std::isfinite(value) ? value : 0;
+    }
+  }
+  return sum;
+}
 int main() {
   double sum = 0;
+  for (int threads : {1, 3})
+    for (auto [h, w] : {std::pair{1, 1}, {3, 17}, {14, 33}, {2, 600}, {40, 1}})
+      sum += pairs<float>(h, w, 25, 4, 5, threads) + pairs<double>(h, w, 2, 3, 32, threads);
   for (Kind kind : {Kind::par, Kind::varm, Kind::gaussian})
     for (int threads : {1, 3})
       for (auto [h, w] : {std::pair{1, 1}, {3, 17}, {20, 33}, {2, 600}})
@@ -66,7 +92,7 @@ def test_no_report_from_the_sanitizers(tmp_path):
         "kernels_avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"],
     }
     objects = []
-    for name in ("driver", "kernels_base", *sets):
+    for name in ("driver", "energy", "kernels_base", *sets):
         objects.append(str(tmp_path / f"{name}.o"))
         command = [compiler, *flags, *sets.get(name, []), "-c", str(SOURCE / f"{name}.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)

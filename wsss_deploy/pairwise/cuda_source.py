@@ -71,6 +71,20 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
     Raises:
         BackendError: cuda-bindings or NVRTC are not installed, or the program does not compile.
     """
+    return compile_program(source(parameters, storage), "pairwise.cu", architecture)
+
+
+def compile_program(text: str, name: str, architecture: str = "compute_80") -> bytes:
+    """PTX of a program.
+
+    Args:
+        text: CUDA C++.
+        name: For messages.
+        architecture: The least that the code runs on.
+
+    Raises:
+        BackendError: As `ptx`.
+    """
     try:
         from cuda.bindings import nvrtc
         from cuda.pathfinder import find_nvidia_header_directory
@@ -81,7 +95,7 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
     if headers:
         options.append(f"--include-path={headers}")
     try:
-        program = _checked(nvrtc.nvrtcCreateProgram(source(parameters, storage).encode(), b"pairwise.cu", 0, [], []))
+        program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
     except RuntimeError as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

@@ -1,0 +1,84 @@
+"""The energy's CUDA program without a GPU: it compiles and assembles, and its code, run on the CPU, is the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from wsss_deploy.pairwise import EnergyParameters, EnergyTerm, energy_reference
+from wsss_deploy.pairwise.cuda_source import compile_program
+from wsss_deploy.pairwise.energy_cuda_source import ENERGY_KERNELS, energy_source
+
+PARAMETERS = EnergyParameters(
+    radius=3,
+    terms=(EnergyTerm(weight=0.9, xy_sigma=6.0), EnergyTerm(weight=0.3), EnergyTerm(weight=0.1, xy_sigma=2.0)),
+)
+CHANNELS, WANTED = (3, 5, 0), (False, True, False)
+
+# What g++ needs to take a CUDA program for C++, and a loop in place of the grid.
+EMULATION = """
+struct Index { unsigned x; };
+static Index blockIdx, blockDim = {1}, threadIdx;
+#define __global__
+#define __device__
+#define __constant__ static const
+"""
+GRID = """
+extern "C" void run(const Real* l, const Real* r, const Real* s, const Real* d, const Real* f, int n, int h, int w,
+                    Real* sums, Real* values, Real* gradients) {
+  for (blockIdx.x = 0; blockIdx.x < unsigned(n * h * w) + 3; ++blockIdx.x) {
+    wsss_pairwise_energy(l, r, s, d, f, n, h, w, sums, values);
+    wsss_pairwise_energy_features(l, r, s, d, f, n, h, w, gradients);
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("real", ["float", "double"])
+@pytest.mark.parametrize("channels", [CHANNELS, (0, 0, 0)])
+def test_nvrtc_compiles_and_assembles_it(real, channels):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings with NVRTC")
+    wanted = [count > 0 for count in channels]
+    text = energy_source(PARAMETERS, 21, channels, wanted=wanted, real=real)
+    # A real architecture makes NVRTC run its assembler as well.
+    entries = dict(re.findall(r"\.entry (\w+)\(([^)]*)\)", compile_program(text, "energy.cu", "sm_90").decode()))
+    assert set(entries) == set(ENERGY_KERNELS)
+    for name, outputs in zip(ENERGY_KERNELS, (2, 1), strict=True):
+        kinds = re.findall(r"\.param \.(\w+)", entries[name])
+        assert kinds == ["u64"] * 5 + ["u32"] * 3 + ["u64"] * outputs
+
+
+@pytest.mark.parametrize("matrix", [None, [[0.0, 1, 2, 1], [1, 0, 1, 3], [2, 1, 0, 1], [1, 3, 1, 0]]])
+def test_its_arithmetic_run_on_the_cpu_equals_the_reference(matrix, tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    source = energy_source(PARAMETERS, 4, CHANNELS, wanted=WANTED, potts=matrix is None, real="double")
+    (tmp_path / "program.cpp").write_text(EMULATION + source + GRID)
+    library = tmp_path / "program.so"
+    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(tmp_path / "program.cpp")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    program = ctypes.CDLL(str(library))
+
+    rng = np.random.default_rng(0)
+    p = torch.from_numpy(rng.random((2, 4, 7, 11)))
+    features = torch.from_numpy(rng.standard_normal((2, 8, 7, 11)))
+    gates = [torch.from_numpy((rng.random((2, 1, 7, 11)) > 0.2).astype(float)) for _ in range(2)]
+    m = None if matrix is None else torch.tensor(matrix, dtype=torch.float64)
+    maps = [features[:, :3], features[:, 3:], None]
+    value, towards, grads = energy_reference.energy(p, *gates, m, maps, PARAMETERS, WANTED)
+
+    right = p if m is None else torch.einsum("ck,nkhw->nchw", m, p).contiguous()
+    sums, values, gradients = torch.empty_like(p), torch.empty_like(gates[0]), torch.zeros_like(features)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (p, right, *gates, features, sums, values, gradients)]
+    program.run(*pointers[:5], 2, 7, 11, *pointers[5:])
+    torch.testing.assert_close(values.sum(), value)
+    torch.testing.assert_close(sums, towards)
+    torch.testing.assert_close(gradients[:, 3:], grads[1])
+    assert not gradients[:, :3].any()
