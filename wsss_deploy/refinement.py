@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 Array = TypeVar("Array", "NDArray[Any]", "torch.Tensor")
 Asked = bool | PairwiseParameters | Refinement | None
 
-#: What `refine=True` means for a model whose card names no refinement; chosen by measurement, see docs/pairwise.md.
+#: What `refine=True` means for a model whose card names no refinement: helps, or at least does not harm, wherever it
+#: was measured (docs/pairwise.md).
 DEFAULT = Refinement(
+    parameters=PairwiseParameters(kind="par", dilations=(1, 2, 4, 8), iterations=5, normalise=True), guide="opponent"
+)
+#: Twice as much on photographs of large objects, harmful where structures are thin. Training chooses between the two,
+#: or none, on the model's own validation images.
+STRONG = Refinement(
     parameters=PairwiseParameters(kind="par", dilations=(2, 4, 8, 16), iterations=8, normalise=True), guide="opponent"
 )
 
