@@ -22,6 +22,7 @@ from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
+from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
 from training.trainer import Trained, Trainer
 from wsss_deploy import Segmenter
@@ -173,9 +174,17 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         file.write(dump_recipe(recipe).encode())
     trainer = Trainer(recipe, network, method, dataset, preprocessing, folder, validate)
     trained = trainer.run(resume, show)
-    card = card.model_copy(update={"protocol": _protocol(recipe, source, dataset, simulated, trained)})
+    protocol = _protocol(recipe, source, dataset, simulated, trained)
+    choice = None
+    if validation:
+        network.load_state_dict(trained.state)
+        device = str(next(network.parameters()).device)
+        choice = choose_refinement(network, card, source, validation, device)
+        protocol = protocol.model_copy(update={"metrics": {**protocol.metrics, **choice.metrics()}})
+    refinement = None if choice is None else choice.refinement
+    card = card.model_copy(update={"protocol": protocol, "refinement": refinement})
     save_model(folder / MODEL, card, trained.state)
-    _write_record(folder / RECORD, recipe, source, card, trained)
+    _write_record(folder / RECORD, recipe, source, card, trained, choice)
     return RunResult(folder / MODEL, trained)
 
 
@@ -243,7 +252,9 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def _write_record(path: Path, recipe: Recipe, source: DataSource, card: ModelCard, trained: Trained) -> None:
+def _write_record(
+    path: Path, recipe: Recipe, source: DataSource, card: ModelCard, trained: Trained, choice: RefinementChoice | None
+) -> None:
     names = split_names(source, recipe.train_split)
     record = {
         "recipe": recipe.model_dump(mode="json"),
@@ -256,6 +267,7 @@ def _write_record(path: Path, recipe: Recipe, source: DataSource, card: ModelCar
         "threads": torch.get_num_threads(),
         "command": Path(sys.argv[0]).name,
         "evaluation": None if trained.result is None else trained.result.to_plain(),
+        "refinement": None if choice is None else choice.to_plain(),
     }
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1).encode())
