@@ -6,6 +6,7 @@ data's and not ours. The figures that led to it go into the card beside the unre
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from wsss_deploy.upsampling import best_class
 if TYPE_CHECKING:
     from training.data.dataset import DataSource
     from wsss_deploy.networks import SegmentationNetwork
+
+_log = logging.getLogger(__name__)
 
 CANDIDATES = (DEFAULT, STRONG)
 #: What a refinement has to add to the mIoU; less is noise.
@@ -95,4 +98,11 @@ def choose_refinement(
     after = tuple(evaluator.result() for evaluator in refined)
     best = max(range(len(after)), key=lambda index: after[index].miou)
     helps = after[best].miou >= before.miou + LEAST_GAIN and after[best].mean_boundary_iou >= before.mean_boundary_iou
+    _log.info(
+        "Refinement on %d validation images: mIoU %.4f without, %s; taken: %s",
+        len(names),
+        before.miou,
+        ", ".join(f"{result.miou:.4f} with {candidate}" for candidate, result in zip(CANDIDATES, after, strict=True)),
+        CANDIDATES[best] if helps else "none",
+    )
     return RefinementChoice(CANDIDATES[best] if helps else None, before, after)
