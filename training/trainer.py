@@ -117,6 +117,7 @@ class Trainer:
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255
         self._average = self._make_average()
+        method.set_teacher(None if self._average is None else self._average.module)
         self._best: Best | None = None
         self._iteration = 0
 

@@ -13,6 +13,9 @@ from training.methods.settings import ClassWeights
 from wsss_deploy.card import Preprocessing
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork
+from wsss_deploy.networks.encoder import Encoder
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class MethodContext:
         num_classes: Channels of the logits.
         preprocessing: Normalisation of `Batch.image`.
         class_counts: Labelled pixels per class over the training split, where counted.
+        encoder: Of the network, for methods whose heads must fit its maps.
+        decoder: Of the network, for the same.
     """
 
     num_classes: int
     preprocessing: Preprocessing
     class_counts: tuple[int, ...] | None = None
+    encoder: Encoder | None = None
+    decoder: nn.Module | None = None
 
     def class_weights(self, rule: ClassWeights) -> Tensor | None:
         """Weights (C,) of the cross-entropy by the recipe's rule; None is equal weights.
@@ -66,7 +73,35 @@ class Method(nn.Module, ABC):
     """How losses combine and when they switch on.
 
     A method may own parameters; they are optimised and checkpointed with the network and dropped at inference.
+
+    Attributes:
+        needs_teacher: Whether the method asks for the moving average of the network.
     """
+
+    needs_teacher = False
+    # In a tuple, so that it is no submodule: the trainer updates and checkpoints it, not this method.
+    _teacher: tuple[SegmentationNetwork, ...] = ()
+
+    def set_teacher(self, network: SegmentationNetwork | None) -> None:
+        """Take the moving average of the network, which the trainer keeps up to date in place.
+
+        Args:
+            network: None where the recipe keeps no average.
+
+        Raises:
+            RecipeError: The method needs an average and there is none.
+        """
+        if network is None:
+            if self.needs_teacher:
+                raise RecipeError(["method.teacher: needs a moving average; set optimisation.ema above 0, say 0.99"])
+            return
+        if self.needs_teacher:
+            self._teacher = (network.eval(),)
+
+    @property
+    def teacher(self) -> SegmentationNetwork | None:
+        """The moving average of the network, in evaluation mode, where it was asked for."""
+        return self._teacher[0] if self._teacher else None
 
     @abstractmethod
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
