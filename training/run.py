@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data.dataset import DataSource
+from training.cam_stage import STAGE, add_pseudo_labels
+from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
+from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
@@ -28,7 +30,7 @@ from training.trainer import Trained, Trainer
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import IGNORE_INDEX, Architecture, ModelCard, Protocol, Sizing
-from wsss_deploy.errors import DataError, TrainingError, UsageError
+from wsss_deploy.errors import DataError, RecipeError, TrainingError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
 
@@ -127,17 +129,13 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     Raises:
         DataError, TrainingError: See `prepare_source` and `Trainer.run`.
     """
+    _check_tags(recipe, source)
     _claim(folder, resume)
-    if recipe.supervision == "tags":
-        raise UsageError(
-            "training from image tags alone is not built yet; use --supervision points or scribbles (a few clicks "
-            "an image go far), or masks"
-        )
+    with atomic_write(folder / RECIPE) as file:
+        file.write(dump_recipe(recipe).encode())
     labelled, simulated = prepare_source(source, recipe)
     kinds: Any = "auto" if recipe.supervision == "auto" else (recipe.supervision,)
     names = split_names(labelled, recipe.train_split)
-    dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
-    _seed(recipe.seed)
     model = recipe.model
     architecture = Architecture(
         encoder=model.encoder,
@@ -145,10 +143,16 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         decoder_width=model.decoder_width,
         encoder_options=model.encoder_options,
     )
-    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
-    counts = _class_counts(dataset) if recipe.method.class_weights == "counts" else None
-    method = build_method(recipe.method, len(source.classes), preprocessing, counts)
+    if isinstance(recipe.method, TagsSettings):
+        labelled = add_pseudo_labels(recipe, labelled, names, architecture, preprocessing, folder, show)
+        kinds = ("masks",)
+        resume = resume and (folder / CHECKPOINT).exists()
+    dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
+    _seed(recipe.seed)
+    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
+    counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
+    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder)
     long_side = recipe.inference_long_side
     if long_side is None:
         long_side = 32 * round(_INFERENCE_SCALE * recipe.augmentation.size / 32)
@@ -170,8 +174,6 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         segmenter = Segmenter.from_network(state, card, device=device)
         return evaluate(segmenter, source, validation, recipe.evaluation.split)
 
-    with atomic_write(folder / RECIPE) as file:
-        file.write(dump_recipe(recipe).encode())
     trainer = Trainer(recipe, network, method, dataset, preprocessing, folder, validate)
     trained = trainer.run(resume, show)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
@@ -188,10 +190,33 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     return RunResult(folder / MODEL, trained)
 
 
+def _check_tags(recipe: Recipe, source: DataSource) -> None:
+    """Methods that learn from tags need tags, and tags need one of them and a background.
+
+    Raises:
+        RecipeError: Method and supervision do not fit.
+        DataError: Class 0 is not the background.
+    """
+    from_tags = isinstance(recipe.method, TagsSettings | TSCDSettings)
+    if from_tags != (recipe.supervision == "tags"):
+        fitting = "masks, scribbles, points or auto" if not from_tags else "tags"
+        raise RecipeError(
+            [
+                f"method.name: '{recipe.method.name}' learns from {fitting}, supervision is {recipe.supervision}; "
+                "with --supervision tags use tags, tscd or sfc, else another method"
+            ]
+        )
+    if from_tags and not has_background(source.classes):
+        raise DataError(
+            f"{source.name}: class 0 is '{source.classes[0]}'; training from image tags needs a class 'background' "
+            "first, the place for pixels that belong to no tag"
+        )
+
+
 def _claim(folder: Path, resume: bool) -> None:
     if (folder / MODEL).exists():
         raise TrainingError(f"{folder}: holds a finished run ({MODEL}); choose another --out")
-    if (folder / CHECKPOINT).exists() and not resume:
+    if any((folder / place / CHECKPOINT).exists() for place in ("", STAGE)) and not resume:
         raise TrainingError(f"{folder}: holds an unfinished run; go on with --resume, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

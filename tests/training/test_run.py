@@ -18,7 +18,7 @@ from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import load_model
-from wsss_deploy.errors import DataError, TrainingError, UsageError
+from wsss_deploy.errors import DataError, TrainingError
 
 METHODS = [("masks", "supervised"), ("scribbles", "partial_ce"), ("scribbles", "gated_crf")]
 
@@ -175,11 +175,6 @@ def test_missing_labels_are_simulated_aloud_or_refused(tmp_path, small, caplog, 
     assert load_model(result.model)[0].protocol.simulated
     with pytest.raises(DataError, match="no masks to simulate"):
         train(make_set(tmp_path / "scribbled", kinds=("scribbles",)), tmp_path / "other", small, "points")
-
-
-def test_what_is_not_built_is_said(squares, tmp_path, small):
-    with pytest.raises(UsageError, match="not built yet"):
-        train(squares, tmp_path / "run", small, "tags")
 
 
 def test_an_unknown_split_names_the_known_ones(squares, tmp_path, small):

@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from training.methods.base import Batch, Method, MethodContext
 from training.methods.gated_crf import GatedCRF
 from training.methods.partial_ce import PartialCE
-from training.methods.settings import GatedCRFSettings, PartialCESettings, SupervisedSettings
+from training.methods.pseudo_labels import PseudoLabels
+from training.methods.settings import MethodSettings, PartialCESettings, SupervisedSettings
 from training.methods.supervised import Supervised
+from training.methods.tag_settings import TagsSettings, TSCDSettings
+from training.methods.tscd import TSCD
 from wsss_deploy.card import Preprocessing
+from wsss_deploy.errors import RecipeError
+from wsss_deploy.networks.encoder import Encoder
 
 __all__ = ["Batch", "Method", "MethodContext", "build_method"]
 
 
 def build_method(
-    settings: SupervisedSettings | PartialCESettings | GatedCRFSettings,
+    settings: MethodSettings,
     num_classes: int,
     preprocessing: Preprocessing,
     class_counts: Sequence[int] | None = None,
+    encoder: Encoder | None = None,
 ) -> Method:
     """The method that a recipe asks for.
 
@@ -27,13 +33,20 @@ def build_method(
         num_classes: Channels of the logits.
         preprocessing: Normalisation of the images in a batch.
         class_counts: Labelled pixels per class over the training split; needed for `class_weights: counts`.
+        encoder: Of the network; needed by methods whose heads sit on its maps.
 
     Raises:
-        RecipeError: Class weights are asked for without counts.
+        RecipeError: Class weights are asked for without counts, or heads without an encoder.
     """
     context = MethodContext(num_classes, preprocessing, None if class_counts is None else tuple(class_counts))
     if isinstance(settings, SupervisedSettings):
         return Supervised(settings, context)
     if isinstance(settings, PartialCESettings):
         return PartialCE(settings, context)
+    if isinstance(settings, TagsSettings):
+        return PseudoLabels(settings, context)
+    if isinstance(settings, TSCDSettings):
+        if encoder is None:
+            raise RecipeError(["method.name: 'tscd' puts heads on the encoder; give build_method the network's"])
+        return TSCD(settings, context, encoder)
     return GatedCRF(settings, context)

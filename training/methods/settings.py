@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from training.methods.tag_settings import SFCSettings, TagsSettings, TSCDSettings
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ClassWeights = Literal["off", "counts"]
 
@@ -83,4 +85,7 @@ class GatedCRFSettings(_Strict):
     class_weights: ClassWeights = "off"
 
 
-MethodSettings = Annotated[SupervisedSettings | PartialCESettings | GatedCRFSettings, Field(discriminator="name")]
+MethodSettings = Annotated[
+    SupervisedSettings | PartialCESettings | GatedCRFSettings | TagsSettings | SFCSettings | TSCDSettings,
+    Field(discriminator="name"),
+]

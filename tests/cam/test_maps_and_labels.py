@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training.cam.labels import LabelRule, band_labels, plain_labels, present_cams, refined_labels
+from training.cam.maps import multi_scale_cams, normalise_cams, pool_scores
+from training.cam.propagation import propagated_cams, refined_in_box
+from training.losses.attention_affinity import affinity_labels, affinity_loss
+from wsss_deploy.errors import UsageError
+from wsss_deploy.pairwise import PairwiseParameters
+
+SMALL = PairwiseParameters(kind="varm", dilations=(1, 2), iterations=3)
+
+
+def test_pooling_runs_from_average_to_maximum():
+    maps = torch.randn(2, 3, 4, 5)
+    flat = maps.flatten(2)
+    torch.testing.assert_close(pool_scores(maps, 1.0), flat.mean(2))
+    torch.testing.assert_close(pool_scores(maps, 0.0), flat.amax(2))
+    torch.testing.assert_close(pool_scores(maps, 0.1), flat.topk(2, dim=2).values.mean(2))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_padding_takes_no_part_in_pooling(fraction):
+    maps = torch.randn(2, 3, 4, 4)
+    valid = torch.zeros(2, 4, 4)
+    valid[0, :, :2] = 1
+    padded = maps.clone()
+    padded[0, :, :, 2:] = 100
+    found = pool_scores(padded, fraction, valid)
+    torch.testing.assert_close(found[:1], pool_scores(maps[:1, :, :, :2], fraction))
+    # Nothing valid: all cells count, and nothing is NaN.
+    torch.testing.assert_close(found[1:], pool_scores(maps[1:], fraction))
+
+
+def test_a_constant_map_becomes_zero():
+    maps = torch.stack([torch.full((4, 4), 3.0), torch.eye(4)])[None]
+    found = normalise_cams(maps)
+    assert (found[0, 0] == 0).all()
+    assert found[0, 1].max() == pytest.approx(1, abs=1e-4)
+
+
+def test_cams_follow_a_flip():
+    image = torch.rand(1, 3, 32, 48)
+
+    def scores(view):
+        return torch.nn.functional.avg_pool2d(view[:, :2] * torch.linspace(0.2, 1, view.shape[3]), 8)
+
+    cams = multi_scale_cams(scores, image, (1.0, 0.5), stride=16)
+    torch.testing.assert_close(multi_scale_cams(scores, image.flip(3), (1.0, 0.5), stride=16), cams.flip(3))
+    assert cams.shape == (1, 2, 32, 48)
+    with pytest.raises(UsageError, match="no scales"):
+        multi_scale_cams(scores, image, ())
+
+
+def scene():
+    """A bright square of class 1 on dark ground, its CAM blurred over the edge; class 2 scores everywhere, absent."""
+    image = torch.zeros(2, 3, 32, 32)
+    image[:, :, 8:24, 8:24] = 1
+    image = (image + 0.02 * torch.rand(image.shape)).clamp(0, 1)
+    cams = torch.zeros(2, 2, 32, 32)
+    cams[:, 0] = torch.nn.functional.avg_pool2d(image[:, :1].mean(1, keepdim=True), 9, 1, 4)[:, 0]
+    cams[:, 1] = 0.99
+    return image, cams, torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+
+
+def test_refinement_brings_labels_to_the_edge():
+    image, cams, tags = scene()
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    truth = torch.zeros(2, 32, 32, dtype=torch.long)
+    truth[:, 8:24, 8:24] = 1
+    wrong = {}
+    for name, refiner in (("plain", None), ("refined", SMALL)):
+        labels = refined_labels(image, cams, tags, valid, LabelRule(refiner=refiner, stride=1))
+        assert set(labels.unique().tolist()) <= {0, 1, 255}, "an absent class got pixels"
+        wrong[name] = ((labels != truth) & (labels != 255)).float().mean()
+        assert (labels == 0).any()
+        assert (labels == 1).any()
+    assert wrong["refined"] <= wrong["plain"]
+
+
+def test_batching_over_present_classes_changes_nothing():
+    torch.manual_seed(0)
+    image, cams = torch.rand(3, 3, 24, 20), torch.rand(3, 4, 24, 20)
+    tags = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 1], [float("nan")] * 4])
+    valid = torch.rand(3, 24, 20) > 0.1
+    rule = LabelRule(refiner=SMALL)
+    together = refined_labels(image, cams, tags, valid, rule)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = refined_labels(image[one], cams[one], tags[one], valid[one], rule)
+        assert torch.equal(together[one], alone)
+
+
+def test_without_a_tag_all_is_background():
+    image, cams, tags = scene()
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    valid[:, :4] = False
+    for refiner in (None, SMALL):
+        labels = refined_labels(image, cams, 0 * tags, valid, LabelRule(refiner=refiner))
+        assert (labels[valid] == 0).all()
+        assert (labels[~valid] == 255).all()
+    none = present_cams(cams, 0 * tags)
+    assert (plain_labels(none, 0.4) == 0).all()
+    assert (band_labels(none, 0.5, 0.3, valid)[valid] == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_flat_cams_give_no_nan(value):
+    image, _, tags = scene()
+    cams = torch.full((2, 2, 32, 32), value)
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    flat = torch.full_like(image, 0.5)
+    for guide in (image, flat):
+        labels = refined_labels(guide, cams, tags, valid, LabelRule(refiner=SMALL))
+        assert (labels == (1 if value else 0)).all()
+
+
+def test_propagation_keeps_absent_classes_out_and_empty_boxes_empty():
+    cams, tags = torch.rand(1, 2, 4, 4), torch.tensor([[1.0, 0.0]])
+    spread = propagated_cams(cams, tags, torch.rand(1, 16, 16), 2, 0.4)
+    assert (spread[:, 2] == 0).all()
+    assert spread.isfinite().all()
+    boxes = torch.tensor([[4, 4, 0, 8]])
+    assert (refined_in_box(torch.rand(1, 3, 8, 8), spread, tags, boxes, LabelRule(refiner=SMALL)) == 0).all()
+
+
+def test_all_ignored_pairs_give_exactly_nothing():
+    labels = torch.full((1, 16, 16), 255)
+    pairs = affinity_labels(labels, (4, 4), 2)
+    assert (pairs == 255).all()
+    predicted = torch.rand(1, 16, 16, requires_grad=True)
+    loss = affinity_loss(predicted, pairs)
+    loss.backward()
+    assert loss.item() == 0
+    assert predicted.grad.abs().sum() == 0
+    with pytest.raises(UsageError, match="expected equal"):
+        affinity_loss(predicted, pairs[:, :8])

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter
+
+import training.cam_stage
+from training.cam.attention import AffinityHead, AttentionTap
+from training.cam.head import CamHead, depth_index, encode
+from training.cam_stage import LABELS, STAGE, tag_counts
+from training.data.dataset import open_dataset
+from training.methods import Batch, build_method
+from training.methods.settings import MethodSettings
+from training.run import resolve_recipe, run
+from training.state import CHECKPOINT
+from wsss_deploy.artifact import load_model
+from wsss_deploy.card import Architecture, Preprocessing
+from wsss_deploy.errors import DataError, RecipeError, TrainingError
+from wsss_deploy.networks import build_network
+from wsss_deploy.networks.encoder import Encoder
+
+SIZE = 48
+HALF = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), stride=16)
+
+
+def write_tagged(root, classes=("background", "red", "green", "blue")):
+    """Coloured squares on dark noise; nobody has class 3, one image has no class, one is not tagged."""
+    rng = np.random.default_rng(3)
+    for folder in ("images", "splits", "masks"):
+        (root / folder).mkdir(parents=True)
+    tags = {}
+    for index in range(10):
+        name, kind = f"scene{index}", index % 3
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        y, x = rng.integers(2, SIZE - 26, 2)
+        mask[y : y + 24, x : x + 24] = kind
+        image = rng.integers(0, 60, (SIZE, SIZE, 3))
+        image[mask > 0, kind - 1] = 220
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{name}.png")
+        if index >= 7:
+            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+        elif index != 5:
+            tags[name] = [kind] if kind else []
+    (root / "tags.json").write_text(json.dumps(tags))
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    (root / "splits" / "train.txt").write_text("\n".join(f"scene{i}" for i in range(7)) + "\n")
+    (root / "splits" / "val.txt").write_text("\n".join(f"scene{i}" for i in range(7, 10)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    return write_tagged(tmp_path_factory.mktemp("tagged") / "colours")
+
+
+@pytest.fixture
+def values():
+    return {
+        "model": {"encoder": "test_vit", "weights": "none", "decoder_width": 32},
+        "augmentation": {"size": SIZE},
+        "optimisation": {"iterations": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "evaluation": {"every": 4},
+        "precision": "fp32",
+        "device": "cpu",
+    }
+
+
+def train(data, folder, values, resume=False):
+    source = open_dataset(data)
+    return run(resolve_recipe(source, "tags", [values]), source, folder, resume, show=False)
+
+
+def two_stages(name="tags", **options):
+    return {"name": name, "cam_iterations": 3, **options}
+
+
+SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        two_stages(cams={"scales": [1.0]}, crf_weight=0.1, crf_start=0.0),
+        two_stages("sfc", cams=SHARED),
+        {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0, 0.5]}, "regulariser_weight": 0.01},
+    ],
+    ids=["tags", "sfc", "tscd"],
+)
+def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
+    result = train(tagged, tmp_path / "run", values | {"method": method})
+    card, state = load_model(result.model)
+    assert card.protocol.supervision == ("tags",)
+    assert card.protocol.method == method["name"]
+    assert not card.protocol.simulated
+    assert all(value.isfinite().all() for value in state.values())
+    assert not any("classify.0" in name and "head" in name for name in state), "heads stay behind"
+    assert result.trained.result.images == 3
+
+
+def test_pseudo_labels_know_what_tags_say(tagged, tmp_path, values):
+    train(tagged, tmp_path / "run", values | {"method": two_stages()})
+    labels = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "run" / LABELS).glob("*.png")}
+    assert sorted(labels) == [f"scene{i}" for i in (0, 1, 2, 3, 4, 6)], "an image that nobody tagged gets no label"
+    for name, label in labels.items():
+        kind = int(name[-1]) % 3
+        assert label.shape == (SIZE, SIZE)
+        assert set(np.unique(label)) <= {0, kind, 255}
+        if kind == 0:
+            assert (label == 0).all(), "tagged with nothing: all background"
+
+
+@pytest.mark.parametrize("stop", ["training", "labels"])
+def test_a_stopped_first_stage_goes_on(tagged, tmp_path, values, stop, monkeypatch):
+    values["method"] = two_stages()
+    whole = load_model(train(tagged, tmp_path / "whole", values).model)[1]
+    wrote, write = [], training.cam_stage.write_label
+
+    def stopping(path, *rest):
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        wrote.append(path)
+        write(path, *rest)
+
+    class Stopped(training.cam_stage.Trainer):
+        def run(self, resume=False, show=True):
+            evaluate = self._step
+
+            def step(*arguments):
+                if self._iteration == 2:
+                    self._save(arguments[1])
+                    raise KeyboardInterrupt
+                evaluate(*arguments)
+
+            self._step = step
+            return super().run(resume, show)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.cam_stage, *(("write_label", stopping) if stop == "labels" else ("Trainer", Stopped)))
+        with pytest.raises(KeyboardInterrupt):
+            train(tagged, tmp_path / "run", values)
+    assert (tmp_path / "run" / STAGE / CHECKPOINT).is_file()
+    with pytest.raises(TrainingError, match="unfinished"):
+        train(tagged, tmp_path / "run", values)
+    again = load_model(train(tagged, tmp_path / "run", values, resume=True).model)[1]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_supervision_and_method_must_fit(tagged, tmp_path, values):
+    with pytest.raises(RecipeError, match="'supervised' learns from masks"):
+        train(tagged, tmp_path / "run", values | {"method": {"name": "supervised"}})
+    source = open_dataset(tagged)
+    recipe = resolve_recipe(source, "masks", [values | {"method": {"name": "tscd"}}])
+    with pytest.raises(RecipeError, match="'tscd' learns from tags"):
+        run(recipe, source, tmp_path / "other", show=False)
+    assert resolve_recipe(source, "tags", [values]).method.name in ("tags", "tscd", "sfc")
+
+
+def test_tags_need_a_background(tmp_path, values):
+    data = write_tagged(tmp_path / "data", ("dark", "red", "green", "blue"))
+    with pytest.raises(DataError, match="needs a class 'background' first"):
+        train(data, tmp_path / "run", values)
+
+
+def test_tag_counts(tagged):
+    source = open_dataset(tagged)
+    assert tag_counts(source, source.splits["train"]) == (2, 1, 0)
+
+
+# --- the single stage on batches -------------------------------------------------------------------------------
+
+
+def network(encoder="test_vit"):
+    torch.manual_seed(0)
+    return build_network(Architecture(encoder=encoder, decoder_width=16), 4)
+
+
+def batch(tags, size=64):
+    torch.manual_seed(1)
+    valid = torch.ones(2, size, size, dtype=torch.bool)
+    valid[1, 40:] = False
+    image = torch.rand(2, 3, size, size) * 2 - 1
+    return Batch(image, torch.full((2, size, size), 255), valid, torch.tensor(tags, dtype=torch.float32))
+
+
+def tscd(net, **options):
+    small = {"samples": 4, "start": 0.1, "cams": {"scales": [1.0, 0.5]}, **options}
+    settings = TypeAdapter(MethodSettings).validate_python({"name": "tscd", **small})
+    return build_method(settings, 4, HALF, None, net.encoder)
+
+
+NAN = float("nan")
+PRESENT = [[NAN, 1, 0, 1], [NAN, 0, 1, 0]]
+
+
+def test_terms_switch_on_and_train_everything():
+    net = network()
+    method = tscd(net, regulariser_weight=0.01)
+    assert list(method(net, batch(PRESENT), 0.05)) == ["classification"]
+    terms = method(net, batch(PRESENT), 0.5)
+    names = {"classification", "segmentation", "affinity", "correspondence", "consistency", "gated_crf"}
+    assert set(terms) == names
+    sum(terms.values()).backward()
+    for name, parameter in [*method.named_parameters(), *net.decoder.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert net.training, "taking CAMs leaves the network in training mode"
+
+
+def test_weights_of_zero_leave_their_terms_out():
+    net = network()
+    off = dict.fromkeys(("affinity_weight", "correspondence_weight", "consistency_weight"), 0)
+    assert set(tscd(net, **off)(net, batch(PRESENT), 0.5)) == {"classification", "segmentation"}
+
+
+def test_released_consistency_is_a_constant():
+    net = network()
+    assert not tscd(net, consistency="parity")(net, batch(PRESENT), 0.5)["consistency"].requires_grad
+    method = tscd(net)
+    with torch.no_grad():
+        for layer in method.head.classify:
+            layer[1].weight.normal_()
+    assert method(net, batch(PRESENT), 0.5)["consistency"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "tags", [[[NAN] * 4] * 2, [[NAN, 0, 0, 0]] * 2, [[NAN, 1, 1, 1], [NAN, 0, 0, 0]]], ids=["unknown", "none", "mixed"]
+)
+def test_no_nan_whatever_the_tags(tags):
+    net = network()
+    method = tscd(net, regulariser_weight=0.01)
+    terms = method(net, batch(tags), 0.5)
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in [*net.parameters(), *method.parameters()])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet10t", "pvt_v2_b0"])
+def test_classifiers_on_any_encoder(name):
+    encoder = Encoder(name)
+    encoder.prune()
+    head = CamHead(encoder, 3, (0.5, 1.0), 0.5)
+    image = torch.rand(1, 3, 2 * encoder.stride, 3 * encoder.stride)
+    maps = head(encode(encoder, image, head.indices))
+    assert all(score.shape[:2] == (1, 3) for score in maps.values())
+    cams = head.cams(encoder.eval(), image, 1.0, (1.0, 0.5))
+    assert cams.shape == (1, 3, *image.shape[-2:])
+    assert cams.isfinite().all()
+
+
+def test_depths_of_a_vit():
+    encoder = Encoder("vit_tiny_patch16_224")
+    assert [depth_index(encoder, depth) for depth in (0.01, 0.75, 10 / 12, 1.0)] == [0, 8, 9, 11]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_tiny_patch16_224", 6), ("pvt_v2_b0", 16)])
+def test_recorded_attention_is_that_of_the_encoder(name, heads):
+    encoder = Encoder(name).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad(), AttentionTap(encoder) as tap:
+        maps = encoder(image)
+    positions = maps[-1].shape[-2] * maps[-1].shape[-1]
+    logits = tap.logits()
+    assert logits.shape == (1, heads, positions, positions)
+    affinity = AffinityHead(heads)(logits)
+    torch.testing.assert_close(affinity, affinity.transpose(1, 2))
+    with torch.no_grad(), tap:
+        encoder(image.flip(3))
+    assert not torch.equal(tap.logits(), logits)
+    encoder(image)
+    assert len(tap._logits) == 2, "nothing is recorded outside the context"
+
+
+def test_affinity_needs_attention():
+    net = network("resnet10t")
+    with pytest.raises(RecipeError, match="no attention over all positions"):
+        tscd(net)
+    terms = tscd(net, affinity_weight=0)(net, batch(PRESENT), 0.5)
+    assert all(term.isfinite() for term in terms.values())

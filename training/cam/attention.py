@@ -1,0 +1,113 @@
+"""Attention logits of an encoder's last blocks, recorded while it runs (AFA, arXiv 2203.02664)."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from wsss_deploy.errors import RecipeError
+from wsss_deploy.networks.encoder import Encoder
+
+
+class AttentionTap:
+    """Records q k^T, before scale and softmax, of the last attention layers that see one token per position.
+
+    Plain ViTs (timm's `qkv` layers; class and register tokens are dropped) and PVTv2 without reduction (its last
+    stage's `q` and `kv`) are known. Use as a context manager around one forward pass, with gradient or without.
+
+    Args:
+        encoder: Its `model` is hooked while the context lasts.
+        layers: How many of the last such layers are recorded.
+
+    Raises:
+        RecipeError: The encoder has none.
+    """
+
+    def __init__(self, encoder: Encoder, layers: int = 2) -> None:
+        found = attention_layers(encoder)
+        if not found:
+            raise RecipeError(
+                [
+                    f"encoder '{encoder.name}' has no attention over all positions from which affinity could be read; "
+                    "use a plain ViT or PVTv2, or set the affinity's weight to 0"
+                ]
+            )
+        self._layers = found[-layers:]
+        self._prefix = int(getattr(encoder.model, "num_prefix_tokens", 0))
+        self._logits: list[Tensor] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._logits.clear()
+        self._hooks = [layer.register_forward_hook(self._record, with_kwargs=False) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def logits(self) -> Tensor:
+        """The recorded maps, heads of all layers side by side: (N, heads, n, n), n positions row by row."""
+        return torch.cat(self._logits, dim=1)
+
+    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tokens = inputs[0]
+        heads: int = layer.num_heads  # type: ignore[assignment]
+        if hasattr(layer, "qkv"):
+            query, key, _ = layer.qkv(tokens).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            query = layer.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
+            key = layer.kv(tokens).unflatten(2, (2, heads, -1))[:, :, 0].transpose(1, 2)  # type: ignore[operator]
+        for name in ("q_norm", "k_norm"):
+            if hasattr(layer, name):
+                query, key = (
+                    getattr(layer, name)(part) if name[0] == kind else part for kind, part in (("q", query), ("k", key))
+                )
+        logits = query.float() @ key.float().transpose(2, 3)
+        self._logits.append(logits[:, :, self._prefix :, self._prefix :])
+
+
+def attention_layers(encoder: Encoder) -> list[nn.Module]:
+    """Attention layers whose maps are square over positions, in the order of depth."""
+    return [module for module in encoder.model.modules() if hasattr(module, "num_heads") and _is_global(module)]
+
+
+def _is_global(layer: nn.Module) -> bool:
+    if hasattr(layer, "qkv"):
+        return not hasattr(layer, "window_size")  # Swin's windows see a part of the positions
+    # PVTv2: without reduction keys are as many as queries.
+    return hasattr(layer, "kv") and hasattr(layer, "q") and getattr(layer, "sr", layer) is None
+
+
+def count_heads(encoder: Encoder, layers: int = 2) -> int:
+    """Heads of the last layers together; see `AttentionTap`."""
+    return sum(int(layer.num_heads) for layer in attention_layers(encoder)[-layers:])  # type: ignore[call-overload]
+
+
+class AffinityHead(nn.Module):
+    """Attention logits of all heads to an affinity in (0, 1): symmetrised, one 1x1 convolution, sigmoid.
+
+    AFA adds the transpose first; the released TSCD leaves that out. Affinity is symmetric by its labels, so it is
+    kept here.
+
+    Args:
+        heads: Maps that go in.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(heads, 1, 1)
+        nn.init.kaiming_normal_(self.mix.weight, a=math.sqrt(5), mode="fan_out")
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Affinity (N, n, n) from logits (N, heads, n, n); float32 at least."""
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            affinity: Tensor = self.mix(logits + logits.transpose(2, 3))[:, 0].sigmoid()
+            return affinity

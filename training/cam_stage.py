@@ -1,0 +1,169 @@
+"""First stage of `tags` and `sfc`: a classifier's CAMs become pseudo-labels of the training images, on disk.
+
+Restartable at any point: the classifier's training has a checkpoint of its own, and images whose label file is
+there are not read again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
+from training.data.dataset import DataSource
+from training.data.pipeline import TrainingSet
+from training.methods.cam_methods import CamMethod, ClassifierCams, SharedFeatureCams
+from training.methods.label_rule import label_rule
+from training.methods.tag_settings import CamSettings, TagsSettings
+from training.recipe import EvaluationSettings, Recipe
+from training.state import CHECKPOINT
+from training.trainer import Trainer, make_fabric
+from wsss_deploy.card import Architecture, Preprocessing
+from wsss_deploy.errors import RecipeError
+from wsss_deploy.networks import SegmentationNetwork, build_network
+from wsss_deploy.networks.encoder import Encoder
+
+_log = logging.getLogger(__name__)
+
+STAGE, LABELS = "cams", "pseudo_labels"
+# Beyond the largest crop that the classifier has seen, objects outgrow what its tokens expect.
+_LONG_SIDE = 1.5
+
+
+def add_pseudo_labels(
+    recipe: Recipe,
+    source: DataSource,
+    names: Sequence[str],
+    architecture: Architecture,
+    preprocessing: Preprocessing,
+    folder: Path,
+    show: bool = True,
+) -> PseudoLabelSource:
+    """The data set with pseudo-labels as masks of its tagged training images.
+
+    An image whose tags are known and empty becomes all background; an image without tags gets no label.
+
+    Args:
+        recipe: Of the whole run; its method is `tags` or `sfc`.
+        source: With tags.
+        names: Training images.
+        architecture: Of the network.
+        preprocessing: Of the encoder.
+        folder: Run folder; `cams/` and `pseudo_labels/` are made in it.
+        show: Progress on the terminal.
+
+    Raises:
+        RecipeError: The recipe's method has no such stage.
+        TrainingError: See `Trainer.run`.
+    """
+    settings = recipe.method
+    if not isinstance(settings, TagsSettings):
+        raise RecipeError([f"method.name: '{settings.name}' has no stage that makes pseudo-labels"])
+    labelled = PseudoLabelSource(source, folder / LABELS)
+    tagged = [name for name in names if source.tags(name) is not None]
+    if not _missing(labelled, tagged):
+        return labelled
+    network, method = train_classifier(recipe, settings, source, names, architecture, preprocessing, folder, show)
+    (folder / LABELS).mkdir(exist_ok=True)
+    rule = label_rule(settings.labels)
+    long_side = settings.cam_long_side or round(_LONG_SIDE * recipe.augmentation.size)
+    autocast = make_fabric(recipe).autocast
+    missing = _missing(labelled, tagged)
+    for done, name in enumerate(missing, start=1):
+        image, tags = source.load_image(name), source.tags(name) or ()
+        with autocast():
+            cams = whole_image_cams(network.encoder, method, network_image(image, long_side, preprocessing), tags)
+        write_label(labelled.path(name), pseudo_label(image, cams.cpu(), tags, rule), source.palette)
+        if show and (done % max(1, len(missing) // 5) == 0 or done == len(missing)):
+            _log.info("pseudo-labels: %d of %d images", done, len(missing))
+    return labelled
+
+
+def train_classifier(
+    recipe: Recipe,
+    settings: TagsSettings,
+    source: DataSource,
+    names: Sequence[str],
+    architecture: Architecture,
+    preprocessing: Preprocessing,
+    folder: Path,
+    show: bool = True,
+) -> tuple[SegmentationNetwork, CamMethod]:
+    """Network and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
+
+    Args and errors as in `add_pseudo_labels`.
+    """
+    stage = folder / STAGE
+    stage.mkdir(exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    model = recipe.model
+    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
+    dataset = TrainingSet(source, names, ("tags",), recipe.augmentation, recipe.seed)
+    method = build_cam_method(settings, network.encoder, dataset, recipe)
+    optimisation = recipe.optimisation.model_copy(
+        update={
+            "iterations": settings.cam_iterations,
+            "learning_rate": settings.cam_learning_rate,
+            "decoder_factor": settings.cam_head_factor,
+            # The classifiers are the method's, of which no average is kept.
+            "ema": 0.0,
+        }
+    )
+    evaluation = EvaluationSettings(every=settings.cam_iterations)
+    stage_recipe = recipe.model_copy(update={"optimisation": optimisation, "evaluation": evaluation})
+    trainer = Trainer(stage_recipe, network, method, dataset, preprocessing, stage, lambda _: None)
+    trainer.run((stage / CHECKPOINT).is_file(), show)
+    return network.eval(), method.eval()
+
+
+def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe) -> CamMethod:
+    """The first stage's method.
+
+    Args:
+        settings: From the recipe.
+        encoder: Tells channels.
+        dataset: Tagged training images.
+        recipe: Tells crop and batch size.
+    """
+    classes = len(dataset.source.classes)
+    if isinstance(settings.cams, CamSettings):
+        return ClassifierCams(settings.cams, encoder, classes)
+    per_epoch = max(1.0, len(dataset) / recipe.optimisation.batch_size)
+    counts = tag_counts(dataset.source, dataset.names)
+    return SharedFeatureCams(settings.cams, encoder, classes, recipe.augmentation.size, counts, per_epoch)
+
+
+def tag_counts(source: DataSource, names: Sequence[str]) -> tuple[int, ...]:
+    """Images per foreground class (class id 1 first)."""
+    counts = np.zeros(len(source.classes), dtype=np.int64)
+    for name in names:
+        counts[list(source.tags(name) or ())] += 1
+    return tuple(counts[1:].tolist())
+
+
+@torch.no_grad()
+def whole_image_cams(encoder: Encoder, method: CamMethod, image: Tensor, tags: Sequence[int]) -> Tensor:
+    """CAMs of one image.
+
+    Args:
+        encoder: In evaluation mode.
+        method: Trained.
+        image: Normalised (1, 3, H, W).
+        tags: Class ids that are in the image.
+
+    Returns:
+        float32 (1, K, H, W) in [0, 1].
+    """
+    parameter = next(method.parameters())
+    present = torch.zeros(1, method.classes, device=parameter.device)
+    present[0, [tag - 1 for tag in tags]] = 1
+    return method.cams(encoder, image.to(parameter.device), present).float()
+
+
+def _missing(labelled: PseudoLabelSource, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not labelled.path(name).is_file()]

@@ -1,0 +1,162 @@
+"""First stages: methods that learn to classify images and give CAMs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.cam.head import CamHead, encode
+from training.cam.image_bank import ImageBank
+from training.cam.prototypes import SharedFeatureHead, SharedFeatureMaps, fuse_kinds, fuse_scales
+from training.losses.shared_feature import (
+    bank_term,
+    classification_loss,
+    distribution_coefficients,
+    prototype_consistency,
+    scale_consistency,
+)
+from training.methods.base import Batch, Method
+from training.methods.tag_settings import CamSettings, SharedFeatureSettings
+from wsss_deploy.networks import SegmentationNetwork
+from wsss_deploy.networks.encoder import Encoder
+
+
+class CamMethod(Method):
+    """A method whose trained state gives class activation maps.
+
+    Args:
+        classes: Foreground classes K.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    @abstractmethod
+    def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """CAMs of whole images.
+
+        Args:
+            encoder: In evaluation mode.
+            image: Normalised (N, 3, H, W).
+            tags: (N, K), 1 where present.
+
+        Returns:
+            (N, K, H, W) in [0, 1]; without a background channel.
+        """
+
+
+class ClassifierCams(CamMethod):
+    """Multi-label classification through 1x1 classifiers on encoder maps.
+
+    Args:
+        settings: From the recipe.
+        encoder: Tells channels.
+        num_classes: With background.
+    """
+
+    def __init__(self, settings: CamSettings, encoder: Encoder, num_classes: int) -> None:
+        super().__init__(num_classes - 1)
+        self.settings = settings
+        self.head = CamHead(encoder, num_classes - 1, settings.depths, settings.pooling)
+
+    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The term `classification`, the sum over depths; see `Method.forward`."""
+        scores = self.head(encode(network.encoder, batch.image, self.head.indices))
+        losses = [
+            classification_loss(self.head.pooled(maps, batch.valid), batch.tags[:, 1:]) for maps in scores.values()
+        ]
+        return {"classification": torch.stack(losses).sum()}
+
+    @torch.no_grad()
+    def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """Multi-scale and flip CAMs at `settings.depth`; see `CamMethod.cams`."""
+        return self.head.cams(encoder, image, self.settings.depth, self.settings.scales)
+
+
+class SharedFeatureCams(CamMethod):
+    """SFC: classification on two views with an image bank, and its two consistency losses.
+
+    Args:
+        settings: From the recipe.
+        encoder: Tells channels.
+        num_classes: With background.
+        size: Side of a crop in pixels.
+        tag_counts: Training images per foreground class.
+        iterations_per_epoch: Of the run.
+    """
+
+    coefficients: Tensor
+
+    def __init__(
+        self,
+        settings: SharedFeatureSettings,
+        encoder: Encoder,
+        num_classes: int,
+        size: int,
+        tag_counts: tuple[int, ...],
+        iterations_per_epoch: float,
+    ) -> None:
+        classes = num_classes - 1
+        super().__init__(classes)
+        self.settings = settings
+        self.head = SharedFeatureHead(encoder.channels, classes, settings.sides, settings.background_weight)
+        self.bank = ImageBank(classes, size) if settings.bank_draws else None
+        bank = bank_term(iterations_per_epoch, settings.bank_draws, classes, settings.bank_factor)
+        found = distribution_coefficients(tag_counts, bank) if settings.coefficients else torch.ones(classes)
+        self.register_buffer("coefficients", found.float(), persistent=False)
+
+    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The terms `classification`, `prototype` and `scale`; see `Method.forward`."""
+        image, valid, tags = self._with_bank(batch)
+        presence = (tags == 1).to(image.dtype)
+        stride = network.stride
+        sides = [max(stride, round(side / 2 / stride) * stride) for side in image.shape[-2:]]
+        half = F.interpolate(image, size=sides, mode="bilinear", align_corners=True)
+        full, small = (self._view(network.encoder, view, valid, presence) for view in (image, half))
+        scores = [classification_loss(view.scores, tags) for view in (full, small)]
+        terms = {"classification": (scores[0] + scores[1]) / 2}
+        if self.settings.prototype_weight:
+            loss = prototype_consistency(full.smoothed, full.prototype, self.coefficients)
+            terms["prototype"] = self.settings.prototype_weight * loss
+        if self.settings.scale_weight:
+            loss = scale_consistency(full.smoothed, small.smoothed, presence, self.coefficients)
+            terms["scale"] = self.settings.scale_weight * loss
+        return terms
+
+    def _with_bank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        tags = batch.tags[:, 1:]
+        if self.bank is None:
+            return batch.image, batch.valid, tags
+        self.bank.update(batch.image, batch.valid, tags)
+        drawn = self.bank.draw(self.settings.bank_draws)
+        image = torch.cat([batch.image, drawn.image.to(batch.image)])
+        return image, torch.cat([batch.valid, drawn.valid]), torch.cat([tags, drawn.tags.to(tags)])
+
+    def _view(self, encoder: Encoder, image: Tensor, valid: Tensor, presence: Tensor) -> SharedFeatureMaps:
+        levels = encoder(image)
+        inside = F.interpolate(valid[:, None].to(presence.dtype), size=levels[-2].shape[-2:], mode="nearest")
+        mask = inside * F.pad(presence, (1, 0), value=1.0)[:, :, None, None]
+        maps: SharedFeatureMaps = self.head(image, levels, mask)
+        return maps
+
+    @torch.no_grad()
+    def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """Fused classifier and prototype CAMs over scales and flips; see `CamMethod.cams`.
+
+        The fused maps' foreground, divided by the peak that the release gives them (2 and 2 * fusion).
+        """
+        size = (image.shape[-2], image.shape[-1])
+        kinds: list[list[Tensor]] = [[], []]
+        for scale in self.settings.scales:
+            sides = [max(encoder.stride, round(scale * side / encoder.stride) * encoder.stride) for side in size]
+            scaled = F.interpolate(image, size=sides, mode="bicubic", align_corners=False)
+            both = torch.cat([scaled, scaled.flip(3)])
+            for maps, kind in zip(self.head.flip_fused(both, encoder(both), tags), kinds, strict=True):
+                kind.append(maps)
+        smoothed, prototype = (fuse_scales(kind, size) for kind in kinds)
+        fused = fuse_kinds(smoothed, prototype, self.settings.fusion)
+        return fused[:, 1:] / (2 + 2 * self.settings.fusion)

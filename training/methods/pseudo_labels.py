@@ -1,0 +1,60 @@
+"""Second stage of `tags` and `sfc`: a segmenter on pseudo-labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.losses import GatedCRFLoss, Kernel, PartialCrossEntropyLoss
+from training.methods.base import Batch, Method, MethodContext, start_reached, to_units
+from training.methods.gated_crf import IMAGENET_MEAN, IMAGENET_STD
+from training.methods.tag_settings import TagsSettings
+from wsss_deploy.networks import SegmentationNetwork
+
+_KERNEL, _RADIUS = Kernel(1.0, {"xy": 6.0, "rgb": 0.4}), 5
+
+
+class PseudoLabels(Method):
+    """Cross-entropy where a pseudo-label is sure, and the Gated CRF loss from its start on.
+
+    Args:
+        settings: From the recipe.
+        context: Of the run.
+    """
+
+    def __init__(self, settings: TagsSettings, context: MethodContext) -> None:
+        super().__init__()
+        self.settings, self.preprocessing = settings, context.preprocessing
+        self.cross_entropy = PartialCrossEntropyLoss(context.class_weights(settings.class_weights))
+        self.regulariser = SegmentationRegulariser(context)
+
+    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The terms `pseudo_ce` and, from its start on, `gated_crf`; see `Method.forward`."""
+        logits = network(batch.image)
+        terms = {"pseudo_ce": self.cross_entropy(logits, batch.labels)}
+        if self.settings.crf_weight and start_reached(progress, self.settings.crf_start):
+            terms["gated_crf"] = self.settings.crf_weight * self.regulariser(logits, batch)
+        return terms
+
+
+class SegmentationRegulariser(torch.nn.Module):
+    """The Gated CRF loss on logits as they are, with this project's kernel for short runs (docs/results.md).
+
+    Args:
+        context: Of the run.
+    """
+
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__()
+        self.preprocessing = context.preprocessing
+        self.loss = GatedCRFLoss([_KERNEL], _RADIUS)
+
+    def forward(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Scalar, of logits (N, C, h, w) that are a whole fraction of the image's size."""
+        mean, std = (torch.tensor(v, device=logits.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        rgb = to_units(batch.image.float(), self.preprocessing, mean, std)
+        rgb = F.adaptive_avg_pool2d(rgb, logits.shape[-2:])
+        valid = F.adaptive_avg_pool2d(batch.valid[:, None].float(), logits.shape[-2:])
+        loss: Tensor = self.loss(logits.float().softmax(dim=1), {"rgb": rgb}, mask_src=valid)
+        return loss

@@ -1,0 +1,163 @@
+"""The recipe's options of the methods that train from image tags alone; docs/tags.md says what each part does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Depth = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(gt=0, le=4)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CamSettings(_Strict):
+    """Class activation maps from 1x1 classifiers on encoder maps.
+
+    Attributes:
+        depths: Fractions of the encoder's depth that get a classifier; they are trained together.
+        depth: The one whose maps are the CAM. The last block of a ViT has smoothed its tokens too much for that.
+        pooling: Fraction of a map's cells whose mean is the image's score: 1 average, 0 maximum.
+        scales: Factors of the image's size over which CAMs are summed, each with its mirror.
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.75, 10 / 12, 11 / 12, 1.0)
+    depth: Depth = 10 / 12
+    pooling: Share = 1.0
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.75, 1.25)
+
+
+class SharedFeatureSettings(_Strict):
+    """CAMs calibrated by shared features (SFC, arXiv 2401.11719).
+
+    Attributes:
+        bank_draws: Samples from the image bank added to every batch; 0 turns the bank off.
+        bank_factor: See `training.losses.shared_feature.BANK_FACTOR`.
+        prototype_weight: Of L_P; 0 turns it off.
+        scale_weight: Of L_W; 0 turns it off.
+        coefficients: Whether classes are weighed by the distribution coefficients.
+        background_weight: Of the background when seeds are chosen.
+        fusion: Weight of prototype CAMs beside classifier CAMs; the code has 0.7, the paper 1.
+        sides: Widths of the hierarchical feature's parts, fine to coarse.
+        scales: Factors of the image's size over which CAMs are fused, each with its mirror.
+    """
+
+    kind: Literal["shared_feature"] = "shared_feature"
+    bank_draws: Annotated[int, Field(ge=0, le=64)] = 4
+    bank_factor: Weight = 3.0
+    prototype_weight: Weight = 1.6
+    scale_weight: Weight = 0.8
+    coefficients: bool = True
+    background_weight: Share = 0.3
+    fusion: Weight = 0.7
+    sides: tuple[int, int, int, int] = (128, 128, 256, 256)
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.5, 1.5, 2.0)
+
+
+class LabelSettings(_Strict):
+    """How CAMs become labels.
+
+    Attributes:
+        high: Background score above which, in spite of it, a class is sure.
+        low: Background score below which the background is sure; between the two is 255.
+        refiner: Local refinement of both passes: "varm" (TSCD), "par" (AFA) or "off".
+        iterations: Of the refiner.
+        temperature: Divides scores before the softmax over background and present classes.
+    """
+
+    high: Share = 0.55
+    low: Share = 0.35
+    refiner: Literal["varm", "par", "off"] = "varm"
+    iterations: Annotated[int, Field(ge=1, le=100)] = 10
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}, high {self.high}; expected low <= high")
+        return self
+
+
+def _kind(value: Any) -> str:
+    # A recipe that changes one option need not repeat the kind.
+    found = value.get("kind", "classifier") if isinstance(value, dict) else getattr(value, "kind", "")
+    return str(found)
+
+
+CamKind = Annotated[
+    Annotated[CamSettings, Tag("classifier")] | Annotated[SharedFeatureSettings, Tag("shared_feature")],
+    Discriminator(_kind),
+]
+
+
+class TagsSettings(_Strict):
+    """Two stages in one run: a classifier gives pseudo-labels of the training images, a segmenter learns from them.
+
+    Attributes:
+        cams: How CAMs come about.
+        labels: How CAMs become labels.
+        cam_iterations: Optimiser steps of the first stage; `optimisation.iterations` are the second's.
+        cam_learning_rate: The first stage's peak rate of the encoder.
+        cam_head_factor: The first stage's classifiers have this many times the encoder's rate.
+        cam_long_side: Longer side in pixels at which images are read for their CAMs; None takes 1.5 times the crop.
+        crf_weight: Of the Gated CRF loss beside the second stage's cross-entropy; 0 turns it off.
+        crf_start: It acts after this fraction of the second stage.
+        class_weights: Of the second stage: "counts" weighs classes by how rare their pseudo-labels are.
+    """
+
+    name: Literal["tags"] = "tags"
+    cams: CamKind = CamSettings()
+    labels: LabelSettings = LabelSettings()
+    cam_iterations: Annotated[int, Field(ge=1)] = 400
+    cam_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    cam_head_factor: Annotated[float, Field(gt=0)] = 30.0
+    cam_long_side: Annotated[int, Field(ge=32, le=4096)] | None = None
+    crf_weight: Weight = 0.0
+    crf_start: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    class_weights: Literal["off", "counts"] = "off"
+
+
+class SFCSettings(TagsSettings):
+    """The two stages of `tags` with CAMs of shared feature calibration."""
+
+    name: Literal["sfc"] = "sfc"  # type: ignore[assignment]
+    cams: SharedFeatureSettings = SharedFeatureSettings()
+
+
+class TSCDSettings(_Strict):
+    """Self correspondence distillation in a single stage (arXiv 2302.13765).
+
+    Attributes:
+        cams: How CAMs come about.
+        labels: How CAMs become labels.
+        start: All terms but the classification act after this fraction of the training.
+        segmentation_weight: Of the balanced cross-entropy against refined CAM labels.
+        affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
+        affinity_radius: Half the window's side in cells of the attention's grid.
+        correspondence_weight: Of the self correspondence distillation; 0 turns it off and saves the small view.
+        samples: Its points a side.
+        small_view: Factor of the small view's size, rounded to the encoder's stride.
+        consistency_weight: Of the scale consistency of CAMs; 0 turns it off.
+        consistency: "parity" has no gradient, as released; "repaired" has one. See docs/tags.md.
+        regulariser_weight: Of the Gated CRF loss on the segmentation, in place of the release's dense energy.
+    """
+
+    name: Literal["tscd"] = "tscd"
+    cams: CamSettings = CamSettings(depths=(1.0,), depth=1.0, pooling=0.0, scales=(1.0, 0.5, 1.5))
+    labels: LabelSettings = LabelSettings()
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    segmentation_weight: Weight = 0.1
+    affinity_weight: Weight = 0.1
+    affinity_radius: Annotated[int, Field(ge=1, le=64)] = 8
+    correspondence_weight: Weight = 0.1
+    samples: Annotated[int, Field(ge=2, le=128)] = 40
+    small_view: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    consistency_weight: Weight = 0.1
+    consistency: Literal["parity", "repaired"] = "repaired"
+    regulariser_weight: Weight = 0.0

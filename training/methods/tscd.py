@@ -1,0 +1,124 @@
+"""Image tags in a single stage: TSCD (arXiv 2302.13765), on any encoder of this project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.cam.attention import AffinityHead, AttentionTap, count_heads
+from training.cam.head import CamHead, encode
+from training.cam.labels import byte_image, refined_labels
+from training.cam.maps import normalise_cams
+from training.losses.attention_affinity import affinity_labels, affinity_loss
+from training.losses.balanced_cross_entropy import balanced_cross_entropy
+from training.losses.self_correspondence import SelfCorrespondenceLoss, scale_consistency_loss
+from training.losses.shared_feature import classification_loss
+from training.methods.base import Batch, Method, MethodContext, start_reached
+from training.methods.label_rule import label_rule
+from training.methods.pseudo_labels import SegmentationRegulariser
+from training.methods.tag_settings import TSCDSettings
+from wsss_deploy.networks import SegmentationNetwork
+from wsss_deploy.networks.encoder import Encoder
+
+
+class TSCD(Method):
+    """Classification; after its start also segmentation against refined CAM labels, affinity, self correspondence.
+
+    CAMs for labels are taken in evaluation mode and by a pass of their own, without decoder: the release takes them
+    in training mode, where stochastic depth acts on them.
+
+    Args:
+        settings: From the recipe.
+        context: Of the run.
+        encoder: Tells channels and attention.
+
+    Raises:
+        RecipeError: Affinity is asked for and the encoder has no attention over positions.
+    """
+
+    def __init__(self, settings: TSCDSettings, context: MethodContext, encoder: Encoder) -> None:
+        super().__init__()
+        self.settings, self.preprocessing = settings, context.preprocessing
+        cams = settings.cams
+        self.head = CamHead(encoder, context.num_classes - 1, cams.depths, cams.pooling)
+        self.rule = label_rule(settings.labels)
+        self.correspondence = SelfCorrespondenceLoss(settings.samples)
+        self.regulariser = SegmentationRegulariser(context)
+        self.affinity: AffinityHead | None = None
+        if settings.affinity_weight:
+            AttentionTap(encoder)
+            self.affinity = AffinityHead(count_heads(encoder))
+
+    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The term `classification`, and after the start those that have a weight; see `Method.forward`."""
+        encoder, tags = network.encoder, batch.tags[:, 1:]
+        started = start_reached(progress, self.settings.start)
+        tap = AttentionTap(encoder) if self.affinity is not None and started else None
+        with tap or nullcontext():
+            maps = encode(encoder, batch.image, [*encoder.indices, *self.head.indices])
+        scores = self.head(maps)
+        losses = [classification_loss(self.head.pooled(part, batch.valid), tags) for part in scores.values()]
+        terms = {"classification": torch.stack(losses).sum()}
+        if not started:
+            return terms
+        cams = self._cams(encoder, batch.image, tags)
+        image = byte_image(batch.image.float(), self.preprocessing)
+        labels = refined_labels(image, cams, tags, batch.valid, self.rule)
+        logits = network.decoder(batch.image, [maps[index] for index in encoder.indices])
+        terms["segmentation"] = self.settings.segmentation_weight * balanced_cross_entropy(logits, labels)
+        if self.affinity is not None and tap is not None:
+            stride = encoder.reductions[-1]
+            grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
+            pairs = affinity_labels(labels, grid, self.settings.affinity_radius)
+            terms["affinity"] = self.settings.affinity_weight * affinity_loss(self.affinity(tap.logits()), pairs)
+        terms |= self._small_view(network, batch, scores, cams, logits)
+        if self.settings.regulariser_weight:
+            terms["gated_crf"] = self.settings.regulariser_weight * self.regulariser(logits, batch)
+        return terms
+
+    def _small_view(
+        self, network: SegmentationNetwork, batch: Batch, scores: dict[int, Tensor], cams: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms that compare the image with a shrunken copy of itself."""
+        settings, terms = self.settings, dict[str, Tensor]()
+        if not (settings.correspondence_weight or settings.consistency_weight):
+            return terms
+        encoder, tags = network.encoder, batch.tags[:, 1:]
+        stride = encoder.stride
+        sides = [max(stride, round(settings.small_view * side / stride) * stride) for side in batch.image.shape[-2:]]
+        image = F.interpolate(batch.image, size=sides, mode="bilinear", align_corners=True)
+        maps = encode(encoder, image, [*encoder.indices, *self.head.indices])
+        small_cams = self._cams(encoder, image, tags)
+        if settings.correspondence_weight:
+            small = network.decoder(image, [maps[index] for index in encoder.indices])
+            loss: Tensor = self.correspondence(cams, small_cams, logits, small)
+            terms["correspondence"] = settings.correspondence_weight * loss
+        if settings.consistency_weight:
+            if settings.consistency == "repaired":
+                index = self.head.cam_index(encoder, settings.cams.depth)
+                views = (scores[index], self.head(maps)[index])
+                present = (tags == 1).float()[:, :, None, None]
+                cams, small_cams = (normalise_cams(view.float().relu()) * present for view in views)
+            loss = scale_consistency_loss(cams, small_cams, settings.consistency)
+            terms["consistency"] = settings.consistency_weight * loss
+        return terms
+
+    @torch.no_grad()
+    def _cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        settings = self.settings.cams
+        with _evaluating(encoder):
+            return self.head.cams(encoder, image.float(), settings.depth, settings.scales)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
