@@ -276,6 +276,8 @@ def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
         if supervision == "points":
             # Half of all points are background.
             method["class_weights"] = "counts"
+    if supervision == "tags":
+        method = {"name": "tags"}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
     return {"supervision": supervision, "method": method, "optimisation": {"iterations": iterations}}
