@@ -152,7 +152,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
-    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder)
+    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
     long_side = recipe.inference_long_side
     if long_side is None:
         long_side = 32 * round(_INFERENCE_SCALE * recipe.augmentation.size / 32)

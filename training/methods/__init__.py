@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from training.methods.base import Batch, Method, MethodContext
+from training.methods.dfr import DFR
 from training.methods.gated_crf import GatedCRF
 from training.methods.partial_ce import PartialCE
 from training.methods.pseudo_labels import PseudoLabels
-from training.methods.settings import MethodSettings, PartialCESettings, SupervisedSettings
+from training.methods.settings import (
+    DFRSettings,
+    MethodSettings,
+    PartialCESettings,
+    SoftLabelSettings,
+    SupervisedSettings,
+)
+from training.methods.soft_labels import SoftLabels
 from training.methods.supervised import Supervised
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
@@ -25,6 +35,7 @@ def build_method(
     preprocessing: Preprocessing,
     class_counts: Sequence[int] | None = None,
     encoder: Encoder | None = None,
+    decoder: nn.Module | None = None,
 ) -> Method:
     """The method that a recipe asks for.
 
@@ -34,11 +45,13 @@ def build_method(
         preprocessing: Normalisation of the images in a batch.
         class_counts: Labelled pixels per class over the training split; needed for `class_weights: counts`.
         encoder: Of the network; needed by methods whose heads sit on its maps.
+        decoder: Of the network; needed by `dfr` with `features: decoder`.
 
     Raises:
         RecipeError: Class weights are asked for without counts, or heads without an encoder.
     """
-    context = MethodContext(num_classes, preprocessing, None if class_counts is None else tuple(class_counts))
+    counts = None if class_counts is None else tuple(class_counts)
+    context = MethodContext(num_classes, preprocessing, counts, encoder, decoder)
     if isinstance(settings, SupervisedSettings):
         return Supervised(settings, context)
     if isinstance(settings, PartialCESettings):
@@ -49,4 +62,8 @@ def build_method(
         if encoder is None:
             raise RecipeError(["method.name: 'tscd' puts heads on the encoder; give build_method the network's"])
         return TSCD(settings, context, encoder)
+    if isinstance(settings, DFRSettings):
+        return DFR(settings, context)
+    if isinstance(settings, SoftLabelSettings):
+        return SoftLabels(settings, context)
     return GatedCRF(settings, context)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses import GatedCRFLoss, Kernel, PartialCrossEntropyLoss
-from training.methods.base import Batch, Method, MethodContext, start_reached, to_units
+from training.losses import GatedCRFLoss, Kernel
+from training.methods.base import Batch, MethodContext, start_reached
 from training.methods.settings import GatedCRFSettings, KernelSettings
+from training.methods.sparse import SparseMethod
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import SegmentationNetwork
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
-class GatedCRF(Method):
+class GatedCRF(SparseMethod):
     """Cross-entropy of the labelled pixels, and the Gated CRF loss on the same logits once its start is reached.
 
     The kernel sees the image in ImageNet-normalised units whatever the encoder's normalisation is, so that a sigma
@@ -27,24 +25,22 @@ class GatedCRF(Method):
     """
 
     def __init__(self, settings: GatedCRFSettings, context: MethodContext) -> None:
-        super().__init__()
-        self.settings, self.preprocessing = settings, context.preprocessing
-        self.cross_entropy = PartialCrossEntropyLoss(context.class_weights(settings.class_weights))
+        super().__init__(settings, context)
+        self.settings = settings
         self.gated_crf = GatedCRFLoss([_kernel(kernel) for kernel in settings.kernels], settings.radius)
 
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The terms `partial_ce` and, from its start on, `gated_crf`; see `Method.forward`."""
         logits = network(batch.image)
-        terms = {"partial_ce": self.cross_entropy(logits, batch.labels)}
+        terms = self.sparse_terms(logits, batch, progress)
         if start_reached(progress, self.settings.start):
             terms["gated_crf"] = self.settings.weight * self._pairwise(logits, batch)
         return terms
 
     def _pairwise(self, logits: Tensor, batch: Batch) -> Tensor:
         height, width = batch.image.shape[-2:]
-        probabilities = _at_size(logits, (height // self.settings.stride, width // self.settings.stride))
-        mean, std = (torch.tensor(v, device=batch.image.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        rgb = to_units(batch.image.float(), self.preprocessing, mean, std)
+        probabilities = at_size(logits, (height // self.settings.stride, width // self.settings.stride))
+        rgb = self.imagenet_rgb(batch)
         valid = batch.valid[:, None] if self.settings.gate_validity else None
         unlabelled = (batch.labels == IGNORE_INDEX)[:, None] if self.settings.gate_labelled else None
         loss: Tensor = self.gated_crf(probabilities, {"rgb": rgb}, mask_src=valid, mask_dst=unlabelled)
@@ -56,7 +52,7 @@ def _kernel(settings: KernelSettings) -> Kernel:
     return Kernel(settings.weight, {name: sigma for name, sigma in sigmas.items() if sigma is not None})
 
 
-def _at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def at_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Probabilities (N, C, *size): those of a coarser map are averages, those of a finer come from raised logits."""
     logits = logits.float()
     if size[0] > logits.shape[-2]:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.losses import GatedCRFLoss, Kernel, PartialCrossEntropyLoss
-from training.methods.base import Batch, Method, MethodContext, start_reached, to_units
-from training.methods.gated_crf import IMAGENET_MEAN, IMAGENET_STD
+from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
 from training.methods.tag_settings import TagsSettings
 from wsss_deploy.networks import SegmentationNetwork
 

@@ -6,9 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from training.losses.potts import Relaxation
 from training.methods.tag_settings import SFCSettings, TagsSettings, TSCDSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 ClassWeights = Literal["off", "counts"]
 
 
@@ -27,15 +30,56 @@ class SupervisedSettings(_Strict):
     class_weights: ClassWeights = "off"
 
 
-class PartialCESettings(_Strict):
-    """Cross-entropy of the labelled pixels alone.
+class TeacherSettings(_Strict):
+    """Pseudo-labels on unlabelled pixels from the moving average of the network (`optimisation.ema`).
 
     Attributes:
-        class_weights: "counts" weighs classes by how rare their labels are, "off" equally.
+        weight: Factor of their cross-entropy.
+        threshold: Least probability of a pseudo-label.
+        start: They act after this fraction of the iterations.
     """
 
-    name: Literal["partial_ce"] = "partial_ce"
+    weight: Positive = 1.0
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    start: Fraction = 0.2
+
+
+class SpreadSettings(_Strict):
+    """Labels carried to unlabelled pixels along paths of like colour; see `training.losses.label_spreading`.
+
+    Attributes:
+        weight: Factor of their cross-entropy.
+        rgb: Change of ImageNet-normalised colour along a path that costs 1.
+        xy: Length of a path that costs 1, in pixels of the logits' map (four image pixels each).
+        limit: Largest cost at which a label is carried.
+        start: They act after this fraction of the iterations.
+    """
+
+    weight: Positive = 0.5
+    rgb: Positive = 1.0
+    xy: Positive = 8.0
+    limit: Annotated[float, Field(gt=0, le=16)] = 1.0
+    start: Fraction = 0.0
+
+
+class SparseSettings(_Strict):
+    """What every method for sparse labels takes.
+
+    Attributes:
+        class_weights: Of the cross-entropy: "counts" weighs classes by how rare their labels are, "off" equally.
+        teacher: Pseudo-labels from the network's moving average; null is none.
+        spread: Labels carried along paths of like colour; null is none.
+    """
+
     class_weights: ClassWeights = "off"
+    teacher: TeacherSettings | None = None
+    spread: SpreadSettings | None = None
+
+
+class PartialCESettings(SparseSettings):
+    """Cross-entropy of the labelled pixels alone; further attributes: `SparseSettings`."""
+
+    name: Literal["partial_ce"] = "partial_ce"
 
 
 class KernelSettings(_Strict):
@@ -59,8 +103,10 @@ class KernelSettings(_Strict):
         return self
 
 
-class GatedCRFSettings(_Strict):
+class GatedCRFSettings(SparseSettings):
     """Cross-entropy of the labelled pixels plus the Gated CRF loss (arXiv 1906.04651).
+
+    Further attributes: `SparseSettings`.
 
     Attributes:
         weight: Factor of the Gated CRF loss; the cross-entropy has 1.
@@ -71,21 +117,119 @@ class GatedCRFSettings(_Strict):
             own stride where it is smaller.
         gate_validity: Leave out pairs with a neighbour in the padding of a crop.
         gate_labelled: Leave out pairs whose receiving pixel is labelled.
-        class_weights: Of the cross-entropy: "counts" weighs classes by how rare their labels are, "off" equally.
     """
 
     name: Literal["gated_crf"] = "gated_crf"
     weight: Positive = 0.1
-    start: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    start: Fraction = 0.005
     radius: Annotated[int, Field(ge=1, le=64)] = 5
     kernels: Annotated[tuple[KernelSettings, ...], Field(min_length=1)] = (KernelSettings(),)
     stride: Annotated[int, Field(ge=1, le=64)] = 4
     gate_validity: bool = True
     gate_labelled: bool = False
-    class_weights: ClassWeights = "off"
+
+
+class DFRSettings(SparseSettings):
+    """DFR, the Dynamic Feature Regularized loss (arXiv 2108.01296): a reconstruction, see docs/losses.md.
+
+    Attributes:
+        weight: Factor of the regularised loss; the cross-entropy has 1.
+        start: It acts after this fraction of the iterations.
+        deep_start: The deep part of its kernel, and predicted targets of the head, act after this fraction.
+        radius: Half the window's side, in pixels of the map on which the losses act.
+        stride: Image pixels per pixel of that map.
+        kernel: "sum" adds the kernels of colour and of deep features, so that features can link what colour does
+            not; "product" multiplies them, so that features can only cut links.
+        shallow_weight: Factor of the colour kernel; 0 leaves it out ("sum").
+        deep_weight: Factor of the deep kernel; 0 leaves it out ("sum"; the product then is the colour kernel).
+        xy: Spatial width of both, in pixels of the map.
+        rgb: Colour width, as in `KernelSettings`.
+        feature: Width of the deep features, which have unit length.
+        kernel_gradient: Let the regularised loss move the deep features through its kernel. Unsafe: it pushes
+            disagreeing pairs apart.
+        dense: In place of the window, all pairs of a map whose longer side is at most this; 0 is off. The sum over
+            many more pairs asks for a smaller weight.
+        gate: Which pixels receive: "valid" all, "confidence" each with 1 - max P.
+        features: Where the head gets its input: "stages" fuses all encoder maps, "last" takes the coarsest,
+            "decoder" the map that the decoder (upernet) fuses.
+        head_weight: Factor of the head's loss; 0 leaves the head out, and the kernel takes its input as it is.
+        head_width: Channels of the head.
+        head_radius: Half the side of the window of supervised pairs.
+        pairs: What supervises them: labels and confident predictions, or either.
+        threshold: Least probability of a predicted target.
+        distance: "l1" of the features, or "cosine".
+        detach: Keep the head's loss from moving the network.
+        smooth_weight: Factor of the precursor's smoothness of the head's features; it used 3.
+        auxiliary_weight: Factor of the cross-entropy of an auxiliary head on the second-coarsest encoder map; 0.4 in
+            use with Swin and UperNet.
+    """
+
+    name: Literal["dfr"] = "dfr"
+    weight: NonNegative = 0.1
+    start: Fraction = 0.005
+    deep_start: Fraction = 0.1
+    radius: Annotated[int, Field(ge=1, le=64)] = 5
+    stride: Annotated[int, Field(ge=1, le=64)] = 4
+    kernel: Literal["sum", "product"] = "sum"
+    shallow_weight: NonNegative = 1.0
+    deep_weight: NonNegative = 1.0
+    xy: Positive = 6.0
+    rgb: Positive = 0.1
+    feature: Positive = 0.5
+    kernel_gradient: bool = False
+    dense: Annotated[int, Field(ge=0, le=128)] = 0
+    gate: Literal["valid", "confidence"] = "valid"
+    features: Literal["stages", "last", "decoder"] = "stages"
+    head_weight: NonNegative = 0.4
+    head_width: Annotated[int, Field(ge=1, le=1024)] = 64
+    head_radius: Annotated[int, Field(ge=1, le=16)] = 4
+    pairs: Literal["both", "labels", "predictions"] = "both"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+    distance: Literal["l1", "cosine"] = "l1"
+    detach: bool = False
+    smooth_weight: NonNegative = 0.0
+    auxiliary_weight: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.smooth_weight and not self.head_weight:
+            raise ValueError("smooth_weight acts on the head, which head_weight: 0 leaves out")
+        if self.weight and self.kernel == "sum" and not (self.shallow_weight or self.deep_weight):
+            raise ValueError("shallow_weight and deep_weight are both 0; set weight: 0 to leave the loss out")
+        return self
+
+
+class SoftLabelSettings(SparseSettings):
+    """Soft self-labelling (Zhang and Boykov, CVPR 2025, arXiv 2507.01721); see docs/losses.md.
+
+    Attributes:
+        weight: eta, factor of the collision cross-entropy with the soft pseudo-labels; the labelled pixels have 1.
+        start: It acts after this fraction of the iterations.
+        potts: lambda, factor of the Potts relaxation between pseudo-labels of neighbours.
+        relaxation: Which relaxation.
+        rgb: Width of the neighbours' weight in ImageNet-normalised colour.
+        steps: Gradient steps of the sub-problem, in each iteration.
+        rate: Their rate.
+    """
+
+    name: Literal["soft_labels"] = "soft_labels"
+    weight: Positive = 0.3
+    start: Fraction = 0.3
+    potts: NonNegative = 6.0
+    relaxation: Relaxation = "collision_divergence"
+    rgb: Positive = 0.16
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    rate: Positive = 0.1
 
 
 MethodSettings = Annotated[
-    SupervisedSettings | PartialCESettings | GatedCRFSettings | TagsSettings | SFCSettings | TSCDSettings,
+    SupervisedSettings
+    | PartialCESettings
+    | GatedCRFSettings
+    | DFRSettings
+    | SoftLabelSettings
+    | TagsSettings
+    | SFCSettings
+    | TSCDSettings,
     Field(discriminator="name"),
 ]

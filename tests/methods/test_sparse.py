@@ -1,0 +1,132 @@
+"""What methods for sparse labels share, and soft self-labelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from torch.nn import functional as F
+
+from training.losses import block_labels, collision_cross_entropy, partial_cross_entropy, soft_labels, spread_labels
+from training.methods import Batch, build_method
+from training.methods.settings import MethodSettings
+from wsss_deploy.card import Architecture, Preprocessing
+from wsss_deploy.errors import RecipeError
+from wsss_deploy.networks import build_network
+
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), stride=16)
+CLASSES = 3
+SPARSE = ("partial_ce", "gated_crf", "dfr", "soft_labels")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Fixed(nn.Module):
+    """Gives the same logits whatever the image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, image):
+        return self.logits
+
+
+def make(name, network=None, **options):
+    settings = TypeAdapter(MethodSettings).validate_python({"name": name, **options})
+    parts = () if network is None else (network.encoder, network.decoder)
+    return build_method(settings, CLASSES, IMAGENET, None, *parts)
+
+
+def batch(size=32):
+    torch.manual_seed(0)
+    image = F.interpolate(torch.randn(2, 3, 4, 4), size=(size, size))
+    labels = torch.randint(0, CLASSES, (2, size, size))
+    labels[torch.rand(2, size, size) >= 0.02] = 255
+    valid = torch.ones(2, size, size, dtype=torch.bool)
+    valid[:, -6:] = False
+    labels[~valid] = 255
+    return Batch(image, labels, valid, torch.full((2, CLASSES), float("nan")))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_sparse_method_takes_both_sources(name):
+    torch.manual_seed(0)
+    network, average = (build_network(Architecture(encoder="test_vit", decoder_width=16), CLASSES) for _ in range(2))
+    method = make(name, network, teacher={"threshold": 0.34}, spread={})
+    method.set_teacher(average)
+    assert {"teacher", "spread"} & set(method(network, batch(), 0.2)) == {"spread"}
+    terms = method(network, batch(), 0.5)
+    assert {"partial_ce", "teacher", "spread"} < set(terms) or name == "partial_ce"
+    sum(terms.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    assert all(p.grad is None for p in average.parameters())
+    assert not any("teacher" in key for key in method.state_dict())
+    assert not {id(p) for p in method.parameters()} & {id(p) for p in average.parameters()}
+
+
+def test_the_teachers_sure_classes_are_targets_on_unlabelled_pixels():
+    data = batch()
+    student, average = Fixed(torch.randn(2, CLASSES, 8, 8)), Fixed(4 * torch.randn(2, CLASSES, 8, 8))
+    method = make("partial_ce", teacher={"weight": 0.5, "threshold": 0.8, "start": 0})
+    method.set_teacher(average)
+    found = method(student, data, 0.0)["teacher"]
+    likely, predicted = average.logits.softmax(1).max(1)
+    unlabelled = block_labels(data.labels, (8, 8)) == 255
+    unlabelled[:, 6:] = False  # image rows 24 to 27 are two of padding, then padding alone
+    counted = unlabelled & (likely >= 0.8)
+    assert 0 < counted.sum() < unlabelled.sum()
+    nll = F.cross_entropy(student.logits, predicted, reduction="none")
+    torch.testing.assert_close(found, 0.5 * nll[counted].sum() / unlabelled.sum())
+    assert not average.training
+
+
+def test_a_teacher_needs_an_average():
+    method = make("gated_crf", teacher={})
+    with pytest.raises(RecipeError, match=r"optimisation\.ema above 0"):
+        method.set_teacher(None)
+    plain = make("gated_crf")
+    plain.set_teacher(None)
+    plain.set_teacher(Fixed(torch.zeros(1)))
+    assert plain.teacher is None
+
+
+def test_carried_labels_are_targets_where_there_was_none():
+    data, student = batch(), Fixed(torch.randn(2, CLASSES, 8, 8))
+    found = make("partial_ce", spread={"weight": 0.5, "rgb": 2.0, "xy": 3.0})(student, data, 0.0)["spread"]
+    seeds = block_labels(data.labels, (8, 8))
+    carried = spread_labels(seeds, F.avg_pool2d(data.image, 4), 2.0, 3.0)
+    carried[seeds != 255] = 255
+    carried[:, 6:] = 255
+    assert (carried != 255).any()
+    torch.testing.assert_close(found, 0.5 * partial_cross_entropy(student.logits, carried))
+
+
+@pytest.mark.parametrize(("progress", "on"), [(0.3, False), (0.31, True)])
+def test_soft_labels_start_after_their_fraction(progress, on):
+    terms = make("soft_labels")(Fixed(torch.randn(2, CLASSES, 8, 8)), batch(), progress)
+    assert ("soft_labels" in terms) is on
+
+
+def test_the_soft_label_term_is_collision_cross_entropy_with_the_sub_problems_solution():
+    data, student = batch(), Fixed(torch.randn(2, CLASSES, 8, 8))
+    found = make("soft_labels", steps=7, rate=0.2, potts=2.0)(student, data, 0.5)["soft_labels"]
+    sigma, seeds = student.logits.softmax(1), block_labels(data.labels, (8, 8))
+    inside = torch.ones(2, 8, 8, dtype=torch.bool)
+    inside[:, 6:] = False
+    y = soft_labels(
+        sigma, seeds, F.avg_pool2d(data.image, 4), eta=0.3, strength=2.0, rgb=0.16,
+        relaxation="collision_divergence", steps=7, rate=0.2, valid=inside,
+    )  # fmt: skip
+    free = inside & (seeds == 255)
+    torch.testing.assert_close(found, 0.3 * collision_cross_entropy(y, sigma)[free].mean())
+    found.backward()
+    assert student.logits.grad[:, :, :6].abs().max() > 0
+    assert student.logits.grad[:, :, 6:].abs().max() == 0

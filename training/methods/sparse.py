@@ -1,0 +1,79 @@
+"""What methods for sparse labels share: the labelled pixels' cross-entropy and further sources of labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.losses import PartialCrossEntropyLoss, block_labels, spread_labels
+from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
+from training.methods.settings import SparseSettings, SpreadSettings, TeacherSettings
+from wsss_deploy.card import IGNORE_INDEX
+
+
+class SparseMethod(Method):
+    """Cross-entropy of the labelled pixels; where asked for, of pseudo-labels from two further sources.
+
+    Args:
+        settings: From the recipe.
+        context: Of the run.
+    """
+
+    def __init__(self, settings: SparseSettings, context: MethodContext) -> None:
+        super().__init__()
+        self.sparse, self.preprocessing = settings, context.preprocessing
+        self.needs_teacher = settings.teacher is not None
+        self.cross_entropy = PartialCrossEntropyLoss(context.class_weights(settings.class_weights))
+
+    def sparse_terms(self, logits: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The term `partial_ce` and, where asked for and from their starts on, `teacher` and `spread`.
+
+        Args:
+            logits: (N, C, h, w).
+            batch: One training batch.
+            progress: Part of the training that is done.
+        """
+        terms = {"partial_ce": self.cross_entropy(logits, batch.labels)}
+        teacher, spread = self.sparse.teacher, self.sparse.spread
+        if teacher is not None and start_reached(progress, teacher.start):
+            terms["teacher"] = teacher.weight * self._teacher_term(teacher, logits, batch)
+        if spread is not None and start_reached(progress, spread.start):
+            terms["spread"] = spread.weight * self._spread_term(spread, logits, batch)
+        return terms
+
+    def imagenet_rgb(self, batch: Batch) -> Tensor:
+        """The image in ImageNet-normalised units, so that a sigma means the same with every encoder."""
+        mean, std = (torch.tensor(v, device=batch.image.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return to_units(batch.image.float(), self.preprocessing, mean, std)
+
+    def _teacher_term(self, settings: TeacherSettings, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy with the teacher's classes where it is sure, over all unlabelled pixels.
+
+        The mean is over unlabelled pixels whether the teacher is sure or not (FixMatch, arXiv 2001.07685, eq. 4), so
+        that the term grows as it becomes so. The teacher is the weights' moving average (mean teacher, arXiv
+        1703.01780).
+        """
+        assert self.teacher is not None, "set_teacher is called before training"
+        with torch.no_grad():
+            likely, predicted = self.teacher(batch.image).float().softmax(dim=1).max(dim=1)
+        size = (logits.shape[-2], logits.shape[-1])
+        unlabelled = (block_labels(batch.labels, size) == IGNORE_INDEX) & whole_cells(batch.valid, size)
+        targets = predicted.masked_fill(~unlabelled | (likely < settings.threshold), IGNORE_INDEX)
+        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / unlabelled.sum().clamp(min=1)
+
+    def _spread_term(self, settings: SpreadSettings, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the labels that were carried, without those that were there."""
+        size = (logits.shape[-2], logits.shape[-1])
+        seeds = block_labels(batch.labels, size).masked_fill(~whole_cells(batch.valid, size), IGNORE_INDEX)
+        rgb = F.adaptive_avg_pool2d(self.imagenet_rgb(batch), size)
+        carried = spread_labels(seeds, rgb, settings.rgb, settings.xy, settings.limit)
+        unlabelled = (seeds == IGNORE_INDEX) & whole_cells(batch.valid, size)
+        loss: Tensor = self.cross_entropy(logits, carried.masked_fill(~unlabelled, IGNORE_INDEX))
+        return loss
+
+
+def whole_cells(valid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cells of a coarser map that lie fully inside the image: bool (N, H, W) to (N, h, w)."""
+    return F.adaptive_avg_pool2d(valid[:, None].float(), size)[:, 0] >= 1
