@@ -25,14 +25,14 @@ class UperNetDecoder(nn.Module):
 
     Args:
         channels: Channels of each encoder map.
-        reductions: Stride of each encoder map, in image pixels; the finest comes first.
+        reductions: Not used; levels are brought to the sizes that they have, the finest comes first.
         width: Channels of every level (512 in use with Swin).
         num_classes: Channels of the logits.
     """
 
     def __init__(self, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int) -> None:
         super().__init__()
-        self.fused_reduction = reductions[0]
+        self.width = width
         self.lateral = nn.ModuleList(_block(count, width, 1) for count in channels[:-1])
         self.smooth = nn.ModuleList(_block(width, width, 3) for _ in channels[:-1])
         self.pools = nn.ModuleList(_block(channels[-1], width, 1) for _ in POOL_SCALES)
