@@ -1,4 +1,4 @@
-"""The energy's CUDA program without a GPU: it compiles and assembles, and its code, run on the CPU, is the reference."""
+"""The energy's CUDA program without a GPU: it compiles and assembles, and its code, on the CPU, is the reference."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ struct Layout {
     left = arrays.left == arrays.right ? right : right + arrays.channels;
     const int half = round_up(reach_x, lanes);
     maps.channels = left + arrays.channels;
-    maps.slots = 2 * reach_y + 1;
+    maps.slots = 2 * reach_y + 2;
     maps.margin = 2 * half;
     maps.pitch = odd_pitch<S>(columns + 4 * half);
     weights.channels = int(dy.size()) * (1 + wanted);
-    weights.slots = reach_y + 1;
+    weights.slots = reach_y + 2;
     weights.margin = half;
     weights.pitch = odd_pitch<S>(columns + 2 * half);
   }
@@ -73,9 +73,9 @@ class Worker {
   Worker(const EnergyPlan& plan, const EnergyKernels<S>& kernels, const EnergyArrays<S>& arrays,
          const Layout<S>& layout)
       : plan_(plan), kernels_(kernels), arrays_(arrays), layout_(layout), memory_(layout.maps.size() + layout.weights.size()),
-        neighbours_(2 * layout.dy.size()) {
+        neighbours_(std::size_t(2 * layout.reach_y + 2) * std::size_t(2 * layout.reach_x + 1)) {
     strip_ = {&plan, layout.dy.data(), layout.dx.data(), layout.factors.data(), layout.first_channel.data(),
-              layout.term_channels.data(), int(layout.dy.size()), arrays.channels, arrays.height, layout.right,
+              layout.term_channels.data(), int(layout.dy.size()), layout.reach_y, layout.reach_x, arrays.channels, arrays.height, layout.right,
               layout.left, layout.maps, layout.weights, neighbours_.data()};
     strip_.maps.data = memory_.get();
     strip_.weights.data = memory_.get() + layout.maps.size();
@@ -90,27 +90,36 @@ class Worker {
       const int first = round_down(std::max(-layout_.reach_x, -start), kernels_.lanes);
       const int last = round_up(std::min(columns + layout_.reach_x, arrays_.width - start), kernels_.lanes);
       int packed = std::max(0, top - layout_.reach_y);
-      for (int y = packed; y < bottom; ++y) {
+      const auto prepare = [&](int y) {
         for (; packed <= std::min(y + layout_.reach_y, arrays_.height - 1); ++packed) pack(n, packed, start);
         // Above the first own row only the weights that reach into it are needed; the neighbour thread has the rest.
         kernels_.weights(strip_, y, first, last, std::max(0, top - y));
-        if (y < top) continue;
-        values[y] += kernels_.sums(strip_, y, target(arrays_.sums, arrays_.channels, n, y, start, columns));
-        for (int term = 0, plane = 1; term < int(plan_.terms.size()); ++term) {
-          if (!plan_.terms[std::size_t(term)].wanted) continue;
-          const EnergyFeature<S>& feature = arrays_.features[std::size_t(plan_.terms[std::size_t(term)].feature)];
-          kernels_.feature_gradient(strip_, y, term, plane++,
-                                    target(feature.gradient, feature.channels, n, y, start, columns));
-        }
+      };
+      for (int y = packed; y < top; ++y) prepare(y);
+      for (int y = top; y < bottom; y += 2) {
+        const int rows = std::min(2, bottom - y);
+        for (int row = 0; row < rows; ++row) prepare(y + row);
+        kernels_.sums(strip_, y, rows, target(arrays_.sums, arrays_.channels, n, y, start, columns), values + y);
+        for (int row = 0; row < rows; ++row) feature_gradients(n, y + row, start, columns);
       }
     }
   }
 
  private:
+  void feature_gradients(int n, int y, int start, int columns) const {
+    for (int term = 0, plane = 1; term < int(plan_.terms.size()); ++term) {
+      if (!plan_.terms[std::size_t(term)].wanted) continue;
+      const EnergyFeature<S>& feature = arrays_.features[std::size_t(plan_.terms[std::size_t(term)].feature)];
+      kernels_.feature_gradient(strip_, y, term, plane++,
+                                target(feature.gradient, feature.channels, n, y, start, columns));
+    }
+  }
+
   std::ptrdiff_t plane() const { return std::ptrdiff_t(arrays_.height) * arrays_.width; }
 
   EnergyTarget<S> target(S* data, int channels, int n, int y, int start, int columns) const {
-    return {data + n * channels * plane() + std::ptrdiff_t(y) * arrays_.width + start, plane(), columns};
+    return {data + n * channels * plane() + std::ptrdiff_t(y) * arrays_.width + start, plane(),
+            arrays_.width, columns};
   }
 
   // Row y of all maps into the ring, for the strip that starts at column `start`; zeros outside the image.
@@ -155,15 +164,16 @@ double energy(const EnergyPlan& plan, const EnergyKernels<S>& kernels, const Ene
   std::vector<Worker<S>> workers;
   workers.reserve(std::size_t(threads));
   for (int i = 0; i < threads; ++i) workers.emplace_back(plan, kernels, arrays, layout);
-  const int rows = arrays.batch * arrays.height;
-  std::vector<double> values(static_cast<std::size_t>(rows));
+  // Two rows at a time, always the same two: how sums are ordered does not depend on the split.
+  const int half = (arrays.height + 1) / 2, pairs = arrays.batch * half;
+  std::vector<double> values(std::size_t(arrays.batch) * std::size_t(arrays.height));
   run_team(threads, [&](Member member) {
     // Rows of all images in one row: a batch of small images splits between images where it can.
-    for (int at = member.first(rows); at < member.last(rows);) {
-      const int n = at / arrays.height, top = at % arrays.height;
-      const int bottom = std::min(arrays.height, top + member.last(rows) - at);
-      workers[std::size_t(member.index)].rows(n, top, bottom, values.data() + std::ptrdiff_t(n) * arrays.height);
-      at += bottom - top;
+    for (int at = member.first(pairs); at < member.last(pairs);) {
+      const int n = at / half, first = at % half, last = std::min(half, first + member.last(pairs) - at);
+      workers[std::size_t(member.index)].rows(n, 2 * first, std::min(2 * last, arrays.height),
+                                              values.data() + std::ptrdiff_t(n) * arrays.height);
+      at += last - first;
     }
   });
   double total = 0;

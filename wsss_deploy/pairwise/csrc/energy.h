@@ -56,10 +56,11 @@ struct EnergyRing {
   std::size_t size() const { return std::size_t(slots) * std::size_t(channels) * std::size_t(pitch); }
 };
 
-// One neighbour of a row's pixels: its values and the pair weights, both at x = 0.
+// One neighbour of two rows' pixels: its values and its weights to the upper and the lower row, all at x = 0.
 template <class S>
 struct EnergyNeighbour {
-  const S *values, *weights;
+  const S* values;
+  const S* weights[2];
 };
 
 // What a kernel needs for the rows of one strip.
@@ -72,16 +73,17 @@ struct EnergyStrip {
   const S* factors;         // [k][term]: weight and position
   const int* first_channel;  // of a term's features in `maps`
   const int* term_channels;
-  int offsets, classes, height, right, left;
+  int offsets, reach_y, reach_x, classes, height, right, left;
   EnergyRing<S> maps, weights;
-  EnergyNeighbour<S>* neighbours;  // scratch, 2 * offsets
+  EnergyNeighbour<S>* neighbours;  // scratch, (2 reach_y + 2) (2 reach_x + 1)
 };
 
-// Where results of a row go: element (c, x) at data[c * plane + x]; x below `room` exists.
+// Where results of a row go: element (c, x) at data[c * plane + x], of the next row `row` further on; x below `room`
+// exists.
 template <class S>
 struct EnergyTarget {
   S* data;
-  std::ptrdiff_t plane;
+  std::ptrdiff_t plane, row;
   int room;
 };
 
@@ -90,8 +92,8 @@ struct EnergyKernels {
   int lanes;
   // Weights of row y at the pixels [first, last) (multiples of lanes), for offsets with dy >= least.
   void (*weights)(const EnergyStrip<S>&, int y, int first, int last, int least);
-  // Sums of row y; returns sum over its pixels of <left, sums> (potts: of sum w - <p, sums w p>).
-  double (*sums)(const EnergyStrip<S>&, int y, EnergyTarget<S>);
+  // Sums of `rows` rows, 1 or 2, from y on; adds sum over pixels of <left, sums> (potts: sum w - <p, sum w p>) to values.
+  void (*sums)(const EnergyStrip<S>&, int y, int rows, EnergyTarget<S>, double* values);
   // Gradient of row y to the features of a wanted term, the `plane`-th of those.
   void (*feature_gradient)(const EnergyStrip<S>&, int y, int term, int plane, EnergyTarget<S>);
 };
