@@ -33,7 +33,7 @@ def _parser() -> ArgumentParser:
         choices=["masks", "scribbles", "points", "tags", "auto"],
         help="kind of label to train from; auto takes the densest that each image has (default)",
     )
-    parser.add_argument("--recipe", type=Path, help="YAML file whose values replace the defaults")
+    parser.add_argument("--recipe", help="YAML file, or name of a packaged recipe, whose values replace the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
     parser.add_argument("--method", help="short for --set method.name=...")
     parser.add_argument("--weights", help="the encoder's start: timm (download), none, or the path of a file")
@@ -76,9 +76,10 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace) -> int:
     from training.data.dataset import open_dataset
     from training.recipe import parse_assignments, read_recipe
+    from training.recipes import find_recipe
     from training.run import RECIPE, resolve_recipe, run
 
-    overrides = [read_recipe(arguments.recipe)] if arguments.recipe else []
+    overrides = [read_recipe(find_recipe(arguments.recipe))] if arguments.recipe else []
     if arguments.resume:
         saved = arguments.out / RECIPE
         if not saved.is_file():

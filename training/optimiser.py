@@ -1,4 +1,4 @@
-"""AdamW parameter groups and the learning-rate schedule, both pure functions so that a resumed run repeats them."""
+"""Parameter groups and the learning-rate schedule, both pure functions so that a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from training.recipe import Optimisation
 
 
-def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: Optimisation) -> torch.optim.AdamW:
-    """AdamW over the encoder (base rate) and everything that starts from scratch (`decoder_factor` times that).
+def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
+    """The optimiser over the encoder (base rate) and everything that starts from scratch (`decoder_factor` times that).
 
     Biases, norms and position tables (vectors, or names that timm lists in `no_weight_decay`) are not decayed.
 
@@ -24,6 +24,8 @@ def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: O
     groups = _groups(encoder.named_parameters(), 1.0, settings, exempt)
     for module in others:
         groups += _groups(module.named_parameters(), settings.decoder_factor, settings, frozenset())
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
 
 

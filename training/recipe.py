@@ -48,9 +48,10 @@ class ModelSettings(_Strict):
 
 
 class Optimisation(_Strict):
-    """AdamW with linear warm-up and polynomial decay.
+    """Optimiser, linear warm-up and polynomial decay.
 
     Attributes:
+        optimiser: "adamw" (betas 0.9 and 0.999), or "sgd" with momentum 0.9.
         iterations: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak rate of the encoder.
@@ -65,6 +66,7 @@ class Optimisation(_Strict):
         ema: Decay of the exponential moving average of the weights that is evaluated and saved; 0 turns it off.
     """
 
+    optimiser: Literal["adamw", "sgd"] = "adamw"
     iterations: Annotated[int, Field(ge=1)] = 500
     batch_size: Annotated[int, Field(ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
