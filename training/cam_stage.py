@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.cam.head import freeze
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
 from training.data.dataset import DataSource
 from training.data.pipeline import TrainingSet
@@ -23,9 +24,9 @@ from training.methods.tag_settings import CamSettings, TagsSettings
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT
 from training.trainer import Trainer, make_fabric
-from wsss_deploy.card import Architecture, Preprocessing
+from wsss_deploy.card import Architecture
 from wsss_deploy.errors import RecipeError
-from wsss_deploy.networks import SegmentationNetwork, build_network
+from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
 
 _log = logging.getLogger(__name__)
@@ -35,15 +36,7 @@ STAGE, LABELS = "cams", "pseudo_labels"
 _LONG_SIDE = 1.5
 
 
-def add_pseudo_labels(
-    recipe: Recipe,
-    source: DataSource,
-    names: Sequence[str],
-    architecture: Architecture,
-    preprocessing: Preprocessing,
-    folder: Path,
-    show: bool = True,
-) -> PseudoLabelSource:
+def add_pseudo_labels(recipe: Recipe, source: DataSource, folder: Path, show: bool = True) -> PseudoLabelSource:
     """The data set with pseudo-labels as masks of its tagged training images.
 
     An image whose tags are known and empty becomes all background; an image without tags gets no label.
@@ -51,9 +44,6 @@ def add_pseudo_labels(
     Args:
         recipe: Of the whole run; its method is `tags` or `sfc`.
         source: With tags.
-        names: Training images.
-        architecture: Of the network.
-        preprocessing: Of the encoder.
         folder: Run folder; `cams/` and `pseudo_labels/` are made in it.
         show: Progress on the terminal.
 
@@ -61,49 +51,48 @@ def add_pseudo_labels(
         RecipeError: The recipe's method has no such stage.
         TrainingError: See `Trainer.run`.
     """
-    settings = recipe.method
-    if not isinstance(settings, TagsSettings):
-        raise RecipeError([f"method.name: '{settings.name}' has no stage that makes pseudo-labels"])
+    settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    tagged = [name for name in names if source.tags(name) is not None]
-    if not _missing(labelled, tagged):
+    tagged = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
+    missing = [name for name in tagged if not labelled.path(name).is_file()]
+    if not missing:
         return labelled
-    network, method = train_classifier(recipe, settings, source, names, architecture, preprocessing, folder, show)
+    network, method = trained_classifier(recipe, source, folder, show)
     (folder / LABELS).mkdir(exist_ok=True)
     rule = label_rule(settings.labels)
-    long_side = settings.cam_long_side or round(_LONG_SIDE * recipe.augmentation.size)
+    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     autocast = make_fabric(recipe).autocast
-    missing = _missing(labelled, tagged)
     for done, name in enumerate(missing, start=1):
         image, tags = source.load_image(name), source.tags(name) or ()
         with autocast():
-            cams = whole_image_cams(network.encoder, method, network_image(image, long_side, preprocessing), tags)
+            view = network_image(image, long_side_of(recipe), preprocessing)
+            cams = whole_image_cams(network.encoder, method, view, tags)
         write_label(labelled.path(name), pseudo_label(image, cams.cpu(), tags, rule), source.palette)
         if show and (done % max(1, len(missing) // 5) == 0 or done == len(missing)):
             _log.info("pseudo-labels: %d of %d images", done, len(missing))
     return labelled
 
 
-def train_classifier(
-    recipe: Recipe,
-    settings: TagsSettings,
-    source: DataSource,
-    names: Sequence[str],
-    architecture: Architecture,
-    preprocessing: Preprocessing,
-    folder: Path,
-    show: bool = True,
+def trained_classifier(
+    recipe: Recipe, source: DataSource, folder: Path, show: bool = True
 ) -> tuple[SegmentationNetwork, CamMethod]:
     """Network and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
 
     Args and errors as in `add_pseudo_labels`.
     """
+    settings, model = _settings(recipe), recipe.model
     stage = folder / STAGE
-    stage.mkdir(exist_ok=True)
+    stage.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    model = recipe.model
+    architecture = Architecture(
+        encoder=model.encoder,
+        decoder=model.decoder,
+        decoder_width=model.decoder_width,
+        encoder_options=model.encoder_options,
+    )
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
-    dataset = TrainingSet(source, names, ("tags",), recipe.augmentation, recipe.seed)
+    dataset = TrainingSet(source, source.splits[recipe.train_split], ("tags",), recipe.augmentation, recipe.seed)
+    freeze(network.encoder, settings.cam_frozen)
     method = build_cam_method(settings, network.encoder, dataset, recipe)
     optimisation = recipe.optimisation.model_copy(
         update={
@@ -115,10 +104,43 @@ def train_classifier(
         }
     )
     evaluation = EvaluationSettings(every=settings.cam_iterations)
-    stage_recipe = recipe.model_copy(update={"optimisation": optimisation, "evaluation": evaluation})
+    stage_recipe = recipe.model_copy(
+        update={"method": _what_the_stage_reads(settings), "optimisation": optimisation, "evaluation": evaluation}
+    )
+    preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     trainer = Trainer(stage_recipe, network, method, dataset, preprocessing, stage, lambda _: None)
     trainer.run((stage / CHECKPOINT).is_file(), show)
     return network.eval(), method.eval()
+
+
+def long_side_of(recipe: Recipe) -> int:
+    """Pixels of the longer side at which images are read for their CAMs."""
+    return _settings(recipe).cam_long_side or round(_LONG_SIDE * recipe.augmentation.size)
+
+
+def _settings(recipe: Recipe) -> TagsSettings:
+    if not isinstance(recipe.method, TagsSettings):
+        raise RecipeError([f"method.name: '{recipe.method.name}' has no stage that makes pseudo-labels"])
+    return recipe.method
+
+
+def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
+    """Settings that decide the classifier's training; others may change between its end and a restart.
+
+    So labels can be made anew (delete `pseudo_labels/`, --resume with other thresholds) without training again.
+    """
+    cams = settings.cams
+    if isinstance(cams, CamSettings):
+        cams = CamSettings(depths=cams.depths, pooling=cams.pooling)
+    else:
+        cams = cams.model_copy(update={"fusion": 0.7, "scales": (1.0,)})
+    return type(settings)(
+        cams=cams,
+        cam_iterations=settings.cam_iterations,
+        cam_learning_rate=settings.cam_learning_rate,
+        cam_head_factor=settings.cam_head_factor,
+        cam_frozen=settings.cam_frozen,
+    )
 
 
 def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe) -> CamMethod:
@@ -163,7 +185,3 @@ def whole_image_cams(encoder: Encoder, method: CamMethod, image: Tensor, tags: S
     present = torch.zeros(1, method.classes, device=parameter.device)
     present[0, [tag - 1 for tag in tags]] = 1
     return method.cams(encoder, image.to(parameter.device), present).float()
-
-
-def _missing(labelled: PseudoLabelSource, names: Sequence[str]) -> list[str]:
-    return [name for name in names if not labelled.path(name).is_file()]

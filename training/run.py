@@ -145,7 +145,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     )
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     if isinstance(recipe.method, TagsSettings):
-        labelled = add_pseudo_labels(recipe, labelled, names, architecture, preprocessing, folder, show)
+        labelled = add_pseudo_labels(recipe, labelled, folder, show)
         kinds = ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
     dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)

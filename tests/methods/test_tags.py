@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from pydantic import TypeAdapter
 
 import training.cam_stage
 from training.cam.attention import AffinityHead, AttentionTap
-from training.cam.head import CamHead, depth_index, encode
+from training.cam.head import CamHead, depth_index, encode, freeze
+from training.cam.pseudo_labels import write_label
+from training.cam.scoring import BACKGROUNDS, score_cams, score_labels
 from training.cam_stage import LABELS, STAGE, tag_counts
 from training.data.dataset import open_dataset
 from training.methods import Batch, build_method
@@ -280,3 +284,55 @@ def test_affinity_needs_attention():
         tscd(net)
     terms = tscd(net, affinity_weight=0)(net, batch(PRESENT), 0.5)
     assert all(term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "resnet10t", "pvt_v2_b0", "test_convnext"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_freezing_keeps_the_first_layers(name, share):
+    encoder = Encoder(name)
+    encoder.prune()
+    freeze(encoder, share)
+    learning = [parameter.requires_grad for parameter in encoder.parameters()]
+    assert all(learning) if share == 0 else not learning[0]
+    assert any(learning) == (share < 1)
+
+
+def test_labels_can_be_made_anew_without_training_again(tagged, tmp_path, values):
+    folder = tmp_path / "run"
+    train(tagged, folder, values | {"method": two_stages()})
+    state = (folder / STAGE / CHECKPOINT).read_bytes()
+    shutil.rmtree(folder / LABELS)
+    (folder / CHECKPOINT).unlink()
+    (folder / "model.pt").unlink()
+    other = two_stages(labels={"refiner": "off", "high": 0.9, "low": 0.1}, cam_long_side=64)
+    train(tagged, folder, values | {"method": other}, resume=True)
+    labels = [np.asarray(Image.open(path)) for path in (folder / LABELS).glob("*.png")]
+    assert any((label == 255).any() for label in labels)
+    assert torch.equal(
+        torch.load(folder / STAGE / CHECKPOINT, weights_only=True)["module"]["network.encoder.model.pos_embed"],
+        torch.load(io.BytesIO(state), weights_only=True)["module"]["network.encoder.model.pos_embed"],
+    )
+    (folder / "model.pt").unlink()
+    shutil.rmtree(folder / LABELS)
+    with pytest.raises(TrainingError, match="another recipe"):
+        train(tagged, folder, values | {"method": other | {"cam_learning_rate": 0.5}}, resume=True)
+
+
+def test_scores_of_cams_and_pseudo_labels(tagged, tmp_path, values):
+    folder = tmp_path / "run"
+    values["method"] = two_stages()
+    train(tagged, folder, values)
+    source = open_dataset(tagged)
+    names = source.splits["val"]
+    found = score_cams(source, resolve_recipe(source, "tags", [values]), folder, names)
+    assert 0 <= found["miou"] <= 1
+    assert found["background"] in BACKGROUNDS
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for name in names:
+        mask = source.load_labels(name, "masks").copy()
+        mask[:2] = 255
+        write_label(truth / f"{name}.png", mask, source.palette)
+    exact = score_labels(source, truth, names)
+    assert exact["miou"] == 1
+    assert exact["sure"] == pytest.approx(1 - 2 / SIZE)

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.cam.maps import multi_scale_cams, pool_scores
 from wsss_deploy.networks.encoder import Encoder
+
+_BEYOND = 10_000
 
 
 def depth_index(encoder: Encoder, depth: float) -> int:
@@ -24,6 +27,23 @@ def depth_index(encoder: Encoder, depth: float) -> int:
     """
     total = max(encoder.indices) + 1
     return min(total, max(1, math.ceil(depth * total - 1e-6))) - 1
+
+
+def freeze(encoder: Encoder, share: float) -> None:
+    """Keep the first layers from learning.
+
+    Args:
+        encoder: Changed in place.
+        share: Part of its layers (a ViT's blocks, a CNN's) that stay, in [0, 1]; with any, the stem stays as well.
+    """
+    model: Any = encoder.model
+    layer_of = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    # timm numbers what follows the last block far beyond it.
+    last = max((layer for layer in layer_of.values() if layer < _BEYOND), default=0)
+    parameters = dict(model.named_parameters())
+    for name, layer in layer_of.items():
+        if share and layer <= round(share * last):
+            parameters[name].requires_grad_(False)
 
 
 def encode(encoder: Encoder, image: Tensor, indices: Sequence[int]) -> dict[int, Tensor]:
@@ -47,7 +67,7 @@ class CamHead(nn.Module):
     """A 1x1 classifier on each chosen map; its weights on normalised features are the CAM.
 
     Maps of different depths and encoders differ in scale; each position's feature is normalised first, so that one
-    learning rate suits all. The bias, which takes up how common a class is, takes part in scores but not in CAMs.
+    learning rate suits all. Biases, which take up how common a class is, take part in scores but not in CAMs.
 
     Args:
         encoder: Tells the channels; not kept.
@@ -114,7 +134,8 @@ class CamHead(nn.Module):
 
         def scores(view: Tensor) -> Tensor:
             normalise, classifier = layer
-            return F.conv2d(normalise(encode(encoder, view, [index])[index]), classifier.weight).float()
+            features = normalise(encode(encoder, view, [index])[index]) - normalise.bias[:, None, None]
+            return F.conv2d(features, classifier.weight).float()
 
         return multi_scale_cams(scores, image, scales, encoder.stride, size)
 

@@ -1,0 +1,222 @@
+"""The ladder of training from image tags: CAM, pseudo-label and val mIoU of each step, with the protocol.
+
+Runs `wsss-train --supervision tags` in a process of its own for every row and seed. Finished runs are kept in --out
+and not repeated; rows that differ in the making of labels only share one trained classifier. CAMs and pseudo-labels
+are scored on train images with masks, which no training reads.
+
+    python benchmarks/tags.py --shared SHARED --out runs --rows plain par varm --seeds 0 --json tags.json --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the ladder; `stage_of` names the row whose trained classifier it takes over."""
+
+    name: str
+    method: str
+    settings: tuple[str, ...] = ()
+    stage_of: str = ""
+
+
+ROWS = (
+    Row("plain", "tags", ("labels.refiner=off",)),
+    Row("par", "tags", ("labels.refiner=par",), "plain"),
+    Row("varm", "tags", ("labels.refiner=varm",), "plain"),
+    Row("varm-crf", "tags", ("labels.refiner=varm", "crf_weight=0.1"), "plain"),
+    Row("single", "tscd", ("affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
+    Row("affinity", "tscd", ("correspondence_weight=0", "consistency_weight=0")),
+    Row("scd", "tscd", ("consistency_weight=0",)),
+    Row("tscd", "tscd"),
+    Row("sfc-plain", "sfc", ("cams.bank_draws=0", "cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
+    Row("sfc-bank", "sfc", ("cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
+    Row("sfc-prototype", "sfc", ("cams.scale_weight=0",)),
+    Row("sfc-even", "sfc", ("cams.coefficients=false",)),
+    Row("sfc", "sfc"),
+    Row("default", ""),
+)
+TWIN = Row("masks", "supervised")
+
+# Lowest acceptable part of the supervised twin's mIoU; the aim is 0.92.
+GOAL = 0.85
+# (better, worse): each published component should pay.
+ORDER = (("par", "plain"), ("varm", "par"), ("affinity", "single"), ("scd", "affinity"), ("sfc", "sfc-plain"))
+
+
+def run(row: Row, seed: int, options: argparse.Namespace) -> dict:
+    """Train one row with one seed, or read the finished run."""
+    folder = options.out / f"tags-{row.name}-{seed}"
+    record = folder / "run.json"
+    if not record.is_file():
+        first = options.out / f"tags-{row.stage_of}-{seed}"
+        if row.stage_of and (first / "cams").is_dir() and not folder.exists():
+            folder.mkdir()
+            shutil.copytree(first / "cams", folder / "cams")
+            shutil.copy(first / "recipe.yaml", folder)
+        weights = options.shared / "weights" / "vit_tiny_patch16_224.safetensors"
+        command = [sys.executable, "-m", "training.cli", str(options.shared / "data" / "voc_animals")]
+        command += ["--supervision", "masks" if row is TWIN else "tags", "--weights", str(weights), "--seed", str(seed)]
+        command += ["--iterations", str(options.iterations), "--size", str(options.size), "--out", str(folder)]
+        # One evaluation, at the end: nothing is chosen on the images that judge.
+        command += ["--set", f"evaluation.every={options.iterations}"]
+        command += ["--method", row.method] if row.method else []
+        for text in row.settings:
+            command += ["--set", f"method.{text}"]
+        if (folder / "recipe.yaml").is_file():
+            command.append("--resume")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads(record.read_text())
+    return found | {"cam": cam_miou(folder, found, options), "pseudo": pseudo_miou(folder, options)}
+
+
+def scored_names(source, options: argparse.Namespace) -> list[str]:
+    """The same train images for every row."""
+    names = sorted(source.splits["train"])
+    order = np.random.default_rng(0).permutation(len(names))
+    return [names[index] for index in order[: options.images]]
+
+
+def open_source(options: argparse.Namespace):
+    from training.data.dataset import open_dataset
+
+    return open_dataset(options.shared / "data" / "voc_animals")
+
+
+def pseudo_miou(folder: Path, options: argparse.Namespace) -> dict | None:
+    """The mIoU of the pseudo-labels where they are sure, and the part of pixels that is."""
+    from training.cam.scoring import score_labels
+    from training.cam_stage import LABELS
+
+    if not (folder / LABELS).is_dir():
+        return None
+    source = open_source(options)
+    return score_labels(source, folder / LABELS, scored_names(source, options))
+
+
+def cam_miou(folder: Path, record: dict, options: argparse.Namespace) -> dict | None:
+    """The mIoU of plain thresholded CAMs at the best of a few background scores, and that score."""
+    from training.cam.scoring import score_cams
+    from training.run import build_recipe
+
+    if not (folder / "cams").is_dir():
+        return None
+    source = open_source(options)
+    return score_cams(source, build_recipe(record["recipe"]), folder, scored_names(source, options))
+
+
+def summarise(row: Row, records: list[dict]) -> dict:
+    """Means over seeds; what a row does not have is None."""
+
+    def mean(kind: str, key: str) -> float | None:
+        values = [record[kind][key] for record in records if record[kind] is not None]
+        return statistics.mean(values) if values else None
+
+    values = [record["evaluation"]["miou"] for record in records]
+    ious = [[v for v in record["evaluation"]["iou"].values() if v is not None] for record in records]
+    return {
+        "row": row.name,
+        "cam": mean("cam", "miou"),
+        "cam_background": mean("cam", "background"),
+        "pseudo": mean("pseudo", "miou"),
+        "sure": mean("pseudo", "sure"),
+        "values": values,
+        "mean": statistics.mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "gap": statistics.mean(max(iou[1:]) - min(iou[1:]) for iou in ious),
+        "seconds": statistics.mean(record["training_seconds"] for record in records),
+    }
+
+
+def table(rows: list[dict], options: argparse.Namespace, record: dict) -> str:
+    """The rows as a Markdown table with one protocol line."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    twin = next((row["mean"] for row in rows if row["row"] == TWIN.name), None)
+    lines = [
+        "| row | CAM | pseudo-labels (sure) | val mIoU ± spread | of twin | class gap | training s (last stage) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "-" if twin is None else f"{100 * row['mean'] / twin:.1f} %"
+        lines.append(
+            f"| {row['row']} | {percent(row['cam'])} | {percent(row['pseudo'])} ({percent(row['sure'])} %) "
+            f"| {percent(row['mean'])} ± {percent(row['spread'])} | {share} | {percent(row['gap'])} "
+            f"| {row['seconds']:.0f} |"
+        )
+    protocol = record["evaluation"]["protocol"]
+    lines += [
+        "",
+        f"Protocol: voc_animals, image tags only; ViT-Tiny with supervised ImageNet weights, which make cats and dogs "
+        f"easy; {options.iterations} iterations of batch {record['recipe']['optimisation']['batch_size']} after "
+        f"{record['recipe']['method'].get('cam_iterations', 0)} of the classifier, crop {options.size}; CAMs and "
+        f"pseudo-labels on {options.images} train images with masks (CAM: best of a few background scores on them); "
+        f"val split at native size, network at {protocol['resolution']}, one scale, no flip, no CRF, no tags at test "
+        f"time, the last state, seeds {options.seeds}. {platform.machine()}, {record['threads']} threads, torch "
+        f"{record['versions']['torch']}, {date.today()}.",
+    ]
+    return "\n".join(lines)
+
+
+def check(rows: list[dict]) -> list[str]:
+    """What misses its goal."""
+    means = {row["row"]: row["mean"] for row in rows}
+    missed = [f"{name}: not run" for name in ("default", TWIN.name) if name not in means]
+    if not missed and means["default"] < GOAL * means[TWIN.name]:
+        missed.append(f"default: {means['default']:.4f} is below {GOAL} of the twin's {means[TWIN.name]:.4f}")
+    return missed + [
+        f"{better} ({means[better]:.4f}) is not above {worse} ({means[worse]:.4f})"
+        for better, worse in ORDER
+        if better in means and worse in means and means[better] <= means[worse]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("WSSS_SHARED", "../shared")))
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--rows", nargs="*", default=[row.name for row in (*ROWS, TWIN)])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--images", type=int, default=100, help="train images on which CAMs and labels are scored")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows, record = [], {}
+    for row in (*ROWS, TWIN):
+        if row.name in options.rows:
+            records = [run(row, seed, options) for seed in options.seeds]
+            rows.append(summarise(row, records))
+            record = records[0]
+    print(table(rows, options, record))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "date": str(date.today())}, indent=1) + "\n")
+    missed = check(rows) if options.check else []
+    for line in missed:
+        print(f"MISSED: {line}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
