@@ -2,7 +2,7 @@
 
 Zhang, Xiao, Zhao, "Dynamic Feature Regularized Loss for Weakly Supervised Semantic Segmentation", arXiv 2108.01296.
 Its code was never released. That a feature consistency head learns pair-wise relations of deep features is fact; the
-equations are a reconstruction after the first author's released A2GNN code (docs/losses.md says what is which). The
+equations are a reconstruction after the first author's released A2GNN code (docs/sparse_labels.md says what is which). The
 kernel that uses the features is a plain Gated CRF kernel with a further modality, see `training.methods.dfr`.
 """
 

@@ -1,7 +1,7 @@
 """Relaxations of the Potts model to class distributions, and the soft pseudo-labels that minimise one.
 
 Zhang and Boykov, "Soft Self-labeling and Potts Relaxations for Weakly-Supervised Segmentation", CVPR 2025,
-arXiv 2507.01721. What is the paper's and what is reconstructed: docs/losses.md.
+arXiv 2507.01721. What is the paper's and what is reconstructed: docs/sparse_labels.md.
 """
 
 from __future__ import annotations

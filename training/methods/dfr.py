@@ -1,4 +1,4 @@
-"""DFR, the Dynamic Feature Regularized loss (arXiv 2108.01296): a reconstruction, see docs/losses.md.
+"""DFR, the Dynamic Feature Regularized loss (arXiv 2108.01296): a reconstruction, see docs/sparse_labels.md.
 
 Sparse labels, spread by a Gated CRF loss whose kernel also looks at deep features; a feature consistency head makes
 these features trustworthy, learning from pairs of labelled and confidently predicted pixels.

@@ -130,7 +130,7 @@ class GatedCRFSettings(SparseSettings):
 
 
 class DFRSettings(SparseSettings):
-    """DFR, the Dynamic Feature Regularized loss (arXiv 2108.01296): a reconstruction, see docs/losses.md.
+    """DFR, the Dynamic Feature Regularized loss (arXiv 2108.01296): a reconstruction, see docs/sparse_labels.md.
 
     Attributes:
         weight: Factor of the regularised loss; the cross-entropy has 1.
@@ -200,7 +200,7 @@ class DFRSettings(SparseSettings):
 
 
 class SoftLabelSettings(SparseSettings):
-    """Soft self-labelling (Zhang and Boykov, CVPR 2025, arXiv 2507.01721); see docs/losses.md.
+    """Soft self-labelling (Zhang and Boykov, CVPR 2025, arXiv 2507.01721); see docs/sparse_labels.md.
 
     Attributes:
         weight: eta, factor of the collision cross-entropy with the soft pseudo-labels; the labelled pixels have 1.
