@@ -157,7 +157,7 @@ def _torch_form(form: str, tensor: torch.Tensor, threads: int | None) -> tuple[s
     import torch
 
     kind = str(tensor.dtype).removeprefix("torch.")
-    chosen = choose(form, is_torch=True, device=tensor.device.type, dtype=kind)
+    chosen = choose(form, is_torch=True, device=str(tensor.device), dtype=kind)
     return chosen.name, threads or torch.get_num_threads()
 
 

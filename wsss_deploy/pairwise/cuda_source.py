@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from wsss_deploy.errors import BackendError
+from wsss_deploy.pairwise import ptx_cache
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 _KINDS = ("par", "varm", "gaussian")
@@ -75,7 +76,7 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
 
 
 def compile_program(text: str, name: str, architecture: str = "compute_80") -> bytes:
-    """PTX of a program.
+    """PTX of a program, from the disk where it was compiled before.
 
     Args:
         text: CUDA C++.
@@ -91,13 +92,18 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
     except ImportError as error:
         raise BackendError(f"the CUDA form needs NVRTC ({error}); pip install 'cuda-bindings[all]'") from error
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
+    try:
+        version = ".".join(map(str, _all_checked(nvrtc.nvrtcVersion())))
+    except RuntimeError as error:
+        raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
+    known = ptx_cache.key(text, *options, version)
+    kept = ptx_cache.read(known)
+    if kept is not None:
+        return kept
     headers = find_nvidia_header_directory("cudart")
     if headers:
         options.append(f"--include-path={headers}")
-    try:
-        program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
-    except RuntimeError as error:
-        raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         # NVRTC writes into the bytes object. Only a log that says something is asked for: an empty one has size 1,
@@ -108,14 +114,20 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
     result: bytes = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
     nvrtc.nvrtcGetPTX(program, result)
     nvrtc.nvrtcDestroyProgram(program)
+    ptx_cache.write(known, result)
     return result
 
 
 def _checked(answer: tuple[Any, Any]) -> Any:
-    status, value = answer
+    (value,) = _all_checked(answer)
+    return value
+
+
+def _all_checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
+    status, *values = answer
     if getattr(status, "name", "") != "NVRTC_SUCCESS":
         raise RuntimeError(str(status))
-    return value
+    return tuple(values)
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -86,6 +86,8 @@ def energy_form(probabilities: Tensor, radius: int, form: str = "auto") -> Form:
     """
     kind = str(probabilities.dtype).removeprefix("torch.")
     chosen = choose(form, is_torch=True, device=probabilities.device.type, dtype=kind)
+    if chosen.name == "cuda":
+        return Form("torch", True, "the energy's kernels are not launched on CUDA devices yet")
     reach = min(radius, max(probabilities.shape[-2:]) - 1)
     if chosen.name != "cpu" or reach <= COMPILED_REACH:
         return chosen

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.pairwise import native
 
-FORMS = ("cpu", "torch", "numpy")
+FORMS = ("cpu", "cuda", "torch", "numpy")
 _REBUILD = "install a C++20 compiler (GCC or Clang) and run 'pip install --force-reinstall --no-deps wsss-deploy'"
+_TYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,8 @@ class Form:
 
 
 def forms() -> tuple[Form, ...]:
-    """All forms, best first; what the doctor prints."""
-    module, reason = native.load()
-    compiled = Form("cpu", module is not None, reason if module is not None else f"{reason}; {_REBUILD}")
-    has_torch = find_spec("torch") is not None
-    return (
-        compiled,
-        Form("torch", has_torch, "plain torch" if has_torch else "torch is not installed; pip install torch"),
-        Form("numpy", True, "plain numpy"),
-    )
+    """All forms, best first; what the doctor prints. Imports torch where it is installed."""
+    return tuple(_form(name, "cuda") for name in FORMS)
 
 
 def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "float32") -> Form:
@@ -39,7 +33,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
     Args:
         form: "auto" or a name of `FORMS`.
         is_torch: Whether the arrays are torch tensors (else numpy arrays).
-        device: Kind of the tensors' device.
+        device: The tensors' device, with or without its number.
         dtype: Their number type without the library's name.
 
     Returns:
@@ -51,22 +45,59 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
     """
     if form not in ("auto", *FORMS):
         raise UsageError(f"there is no form {form!r} of the pairwise operator; known: auto, {', '.join(FORMS)}")
-    table = {item.name: item for item in forms()}
-    plain = "torch" if is_torch else "numpy"
-    obstacle = None
-    if device != "cpu":
-        obstacle = f"the tensors are on {device}, the compiled kernels work on the CPU"
-    elif dtype not in ("float32", "float64"):
-        obstacle = f"the arrays are {dtype}, the compiled kernels take float32 and float64"
+    plain, kind = "torch" if is_torch else "numpy", device.partition(":")[0]
+    wanted = form
     if form == "auto":
-        if obstacle is None and table["cpu"].available:
-            return table["cpu"]
-        return Form(plain, True, obstacle or table["cpu"].reason)
-    if form == "cpu" and obstacle is not None:
-        raise UsageError(f"form 'cpu' was asked for, but {obstacle}; move or convert them, or use form 'auto'")
-    if form not in ("cpu", plain):
+        if kind not in _TYPES:
+            return Form(plain, True, f"there are no kernels for tensors on {device}")
+        wanted = kind
+    elif form not in (plain, *_TYPES):
         given = "torch tensors" if is_torch else "numpy arrays"
         raise UsageError(f"form {form!r} was asked for with {given}; use 'cpu', {plain!r} or 'auto'")
-    if not table[form].available:
-        raise BackendError(f"form {form!r} of the pairwise operator was asked for: {table[form].reason}")
-    return Form(form, True, f"asked for by name; {table[form].reason}")
+    obstacle = _obstacle(wanted, device, dtype)
+    if obstacle is not None and form != "auto":
+        raise UsageError(f"form {form!r} was asked for, but {obstacle}; move or convert them, or use form 'auto'")
+    found = _form(wanted, device)
+    if form == "auto":
+        return found if obstacle is None and found.available else Form(plain, True, obstacle or found.reason)
+    if not found.available:
+        raise BackendError(f"form {form!r} of the pairwise operator was asked for: {found.reason}")
+    return Form(form, True, f"asked for by name; {found.reason}")
+
+
+def _obstacle(form: str, device: str, dtype: str) -> str | None:
+    """Why a form cannot take such arrays, whether or not it is available."""
+    if form not in _TYPES:
+        return None
+    if device.partition(":")[0] != form:
+        return f"the tensors are on {device}, these kernels work on '{form}'"
+    if dtype not in _TYPES[form]:
+        return f"the arrays are {dtype}, the {form} kernels take {' and '.join(_TYPES[form])}"
+    return None
+
+
+def _form(name: str, device: str) -> Form:
+    if name == "cpu":
+        module, reason = native.load()
+        return Form("cpu", module is not None, reason if module is not None else f"{reason}; {_REBUILD}")
+    if name == "cuda":
+        obstacle = _cuda_obstacle(device)
+        return Form("cuda", obstacle is None, obstacle or "kernels by NVRTC, which equal plain torch on this device")
+    if name == "torch":
+        has_torch = find_spec("torch") is not None
+        return Form("torch", has_torch, "plain torch" if has_torch else "torch is not installed; pip install torch")
+    return Form("numpy", True, "plain numpy")
+
+
+def _cuda_obstacle(device: str) -> str | None:
+    """Why the CUDA form cannot run on a device; None if it can."""
+    for module, package in (("torch", "torch"), ("cuda", "cuda-bindings[all]")):
+        if find_spec(module) is None:
+            return f"{package.partition('[')[0]} is not installed; pip install '{package}'"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    from wsss_deploy.pairwise import cuda_form
+
+    return cuda_form.check(int(device.partition(":")[2] or torch.cuda.current_device()))

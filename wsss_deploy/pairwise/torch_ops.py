@@ -1,7 +1,7 @@
 """The operator as torch custom operators: eager, autograd, torch.compile, torch.export.
 
 `torch.ops.wsss.pairwise_affinity`, `pairwise_step` and `pairwise_refine` run the form that they are told
-("cpu" or "torch"). Parameters travel as their canonical JSON, so a graph that contains the operators is
+("cpu", "cuda" or "torch"). Parameters travel as their canonical JSON, so a graph that contains the operators is
 complete. Gradients are first order; `pairwise_refine` has none (`api.refine` uses the other two where one
 is wanted).
 """
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsss_deploy.pairwise import native, reference
+from wsss_deploy.pairwise import cuda_form, native, reference
 from wsss_deploy.pairwise.parameters import PairwiseParameters
+
+_COMPILED = ("cpu", "cuda")
 
 
 @functools.lru_cache(maxsize=64)
@@ -29,9 +31,12 @@ def parse(parameters: str) -> PairwiseParameters:
 def pairwise_affinity(guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
     """(N, G, H, W) to (N, K, H, W), see `reference.affinity`."""
     settings = parse(parameters)
-    if form != "cpu":
+    if form not in _COMPILED:
         return reference.affinity(guide, settings)
     weights = guide.new_empty(guide.shape[0], len(settings.offsets), *guide.shape[2:])
+    if form == "cuda":
+        cuda_form.affinity(settings, guide.detach().contiguous(), weights)
+        return weights
     native.affinity(settings, guide.detach().contiguous(), weights, threads)
     return weights
 
@@ -42,11 +47,15 @@ def pairwise_step(
 ) -> Tensor:
     """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
     settings = parse(parameters)
-    if form != "cpu":
+    if form not in _COMPILED:
         return reference.step(masks, weights, settings, unary)
     out = masks.new_empty(masks.shape)
     plain = None if unary is None else unary.detach().contiguous()
-    native.step(settings, masks.detach().contiguous(), weights.detach().contiguous(), plain, out, threads)
+    inputs = masks.detach().contiguous(), weights.detach().contiguous(), plain
+    if form == "cuda":
+        cuda_form.step(settings, *inputs, out)
+    else:
+        native.step(settings, *inputs, out, threads)
     return out
 
 
@@ -54,11 +63,15 @@ def pairwise_step(
 def pairwise_refine(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
     """Masks of the guide's size, (N, C, H, W) to (N, C, H, W), in one call; see `reference.refine`."""
     settings = parse(parameters)
-    if form != "cpu":
+    if form not in _COMPILED:
         return reference.refine(masks, guide, settings).clone()
     out = masks.new_empty(masks.shape)
-    unary = reference.unary_of(masks.detach().contiguous(), settings)
-    native.refine(settings, masks.detach().contiguous(), guide.detach().contiguous(), unary, out, threads)
+    plain = masks.detach().contiguous()
+    inputs = plain, guide.detach().contiguous(), reference.unary_of(plain, settings)
+    if form == "cuda":
+        cuda_form.refine(settings, *inputs, out)
+    else:
+        native.refine(settings, *inputs, out, threads)
     return out
 
 

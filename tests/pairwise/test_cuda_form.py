@@ -1,0 +1,292 @@
+"""The CUDA form without a GPU: a stand-in for the driver runs the kernels' code, compiled as C++, on CPU tensors.
+
+What is real here: the program, the order and the types of the arguments, grid and block sizes, the order of the
+steps, the cache on disk. What is not: the driver, the stream, the device's memory. `test_on_a_gpu` has not been run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wsss_deploy.errors import BackendError, UsageError
+from wsss_deploy.pairwise import (
+    PairwiseParameters,
+    choose,
+    cuda_form,
+    cuda_source,
+    forms,
+    ptx_cache,
+    reference,
+    refine,
+    torch_ops,
+)
+
+SMALL = PairwiseParameters(dilations=(1,), iterations=1)
+
+EMULATION = """
+struct Index { unsigned x; };
+static Index blockIdx, blockDim, threadIdx;
+#define __global__
+#define __device__
+#define __constant__ static const
+"""
+LOOP = """
+#define RUN(call) blockDim.x = threads; \\
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) \\
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) call
+typedef void* P;
+typedef float* F;
+extern "C" void run_affinity(unsigned blocks, unsigned threads, P g, int n, int c, int h, int w, P o) {
+  RUN(wsss_pairwise_affinity(F(g), n, c, h, w, F(o)));
+}
+extern "C" void run_step(unsigned blocks, unsigned threads, P m, P a, int n, int c, int h, int w, P o) {
+  RUN(wsss_pairwise_step(F(m), F(a), n, c, h, w, F(o)));
+}
+extern "C" void run_mean_field_step(unsigned blocks, unsigned threads, P m, P a, P u, int n, int c, int h, int w, P o) {
+  RUN(wsss_pairwise_mean_field_step(F(m), F(a), F(u), n, c, h, w, F(o)));
+}
+"""
+
+
+class Driver:
+    """Answers as cuda.bindings.driver does; contexts nest, kernels are functions of a shared library."""
+
+    def __init__(self, folder):
+        self.folder, self.names = folder, itertools.count()
+        self.contexts, self.launches, self.refuse = [], [], None
+
+    def cuInit(self, flags):
+        return (0,)
+
+    def cuDeviceGet(self, ordinal):
+        return 0, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, f"context {device}"
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        return 0, self.contexts.pop()
+
+    def cuModuleLoadData(self, image):
+        assert self.contexts, "a module is loaded into the current context"
+        assert image.endswith(b"\0")
+        name = f"program{next(self.names)}"
+        (self.folder / f"{name}.cpp").write_bytes(EMULATION.encode() + image[:-1] + LOOP.encode())
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"{name}.cpp", "-o", f"{name}.so"]
+        subprocess.run(command, check=True, cwd=self.folder)
+        return 0, ctypes.CDLL(str(self.folder / f"{name}.so"))
+
+    def cuModuleGetFunction(self, module, name):
+        return 0, getattr(module, name.decode().replace("wsss_pairwise", "run"))
+
+    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
+        assert self.contexts == ["context 0"]
+        assert (gy, gz, by, bz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        if self.refuse is not None:
+            return (self.refuse,)
+        values, types = arguments
+        function.argtypes = [ctypes.c_uint, ctypes.c_uint, *types]
+        function(gx, bx, *values)
+        self.launches.append((function.__name__, gx, bx, stream))
+        return (0,)
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    stand_in = Driver(tmp_path)
+    monkeypatch.setattr(cuda_form, "_driver", lambda: stand_in)
+    monkeypatch.setattr(cuda_source, "ptx", lambda parameters, storage, _: cuda_source.source(parameters).encode())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    caches = (cuda_form._context, cuda_form._function, cuda_form._module, cuda_form.check)
+    for cache in caches:
+        cache.cache_clear()
+    yield stand_in
+    for cache in caches:
+        cache.cache_clear()
+    assert stand_in.contexts == []
+
+
+def test_launches_give_the_reference(case, scene, driver):
+    data = scene(classes=11, height=9, width=33)
+    masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+    text = case.to_json()
+    weights = torch_ops.pairwise_affinity(guide, text, "cuda", 1)
+    torch.testing.assert_close(weights, reference.affinity(guide, case), rtol=2e-4, atol=1e-6)
+    unary = reference.unary_of(masks, case)
+    out = torch_ops.pairwise_step(masks, weights, unary, text, "cuda", 1)
+    torch.testing.assert_close(out, reference.step(masks, weights, case, unary), rtol=2e-5, atol=1e-6)
+    refined = torch_ops.pairwise_refine(masks, guide, text, "cuda", 1)
+    torch.testing.assert_close(refined, reference.refine(masks, guide, case), rtol=2e-4, atol=1e-5)
+    assert len(driver.launches) == 2 + 1 + case.iterations
+    pixels = 2 * 9 * 33
+    for _, blocks, threads, stream in driver.launches:
+        assert (blocks - 1) * threads < pixels <= blocks * threads
+        assert stream == 7
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5])
+def test_steps_go_to_and_fro_and_end_in_the_result(cases, scene, driver, iterations):
+    parameters = cases["par"].model_copy(update={"iterations": iterations})
+    data = scene(height=5, width=6)
+    masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+    before, out = masks.clone(), torch.full_like(masks, float("nan"))
+    cuda_form.refine(parameters, masks, guide, None, out)
+    torch.testing.assert_close(out, reference.refine(masks, guide, parameters), rtol=2e-4, atol=1e-5)
+    assert torch.equal(masks, before)
+
+
+def test_gradients_go_through_it(cases, scene, driver):
+    data = scene(height=6, width=7)
+    masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+    text, grads = cases["par"].to_json(), []
+    for form in ("cuda", "torch"):
+        given = masks.clone().requires_grad_()
+        weights = torch_ops.pairwise_affinity(guide, text, form, 1)
+        torch_ops.pairwise_step(given, weights, None, text, form, 1).square().sum().backward()
+        grads.append(given.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_launches_nothing(cases, driver):
+    masks, guide = torch.empty(0, 3, 4, 5), torch.empty(0, 3, 4, 5)
+    cuda_form.refine(cases["par"], masks, guide, None, torch.empty_like(masks))
+    assert driver.launches == []
+
+
+def test_a_refusal_is_an_error_and_takes_the_form_away(driver, monkeypatch):
+    driver.refuse = 700
+    masks = torch.rand(1, 2, 4, 4)
+    with pytest.raises(BackendError, match=r"driver refuses the pairwise kernels \(700\)"):
+        cuda_form.refine(SMALL, masks, masks, None, torch.empty_like(masks))
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    assert "refuses" in cuda_form.check(0)
+
+
+def test_a_form_that_computes_something_else_is_not_offered(driver, monkeypatch):
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    assert cuda_form.check(0) is None
+    cuda_form.check.cache_clear()
+    step = cuda_form.step
+    monkeypatch.setattr(cuda_form, "step", lambda *given: (step(*given), given[-1].add_(0.01)))
+    assert "differs" in cuda_form.check(0)
+
+
+def test_the_choice_says_why(monkeypatch):
+    if not torch.cuda.is_available():
+        table = {form.name: form for form in forms()}
+        assert not table["cuda"].available
+        assert "no CUDA device" in table["cuda"].reason or "not installed" in table["cuda"].reason
+        assert choose("auto", is_torch=True, device="cuda:1").name == "torch"
+        with pytest.raises(BackendError, match="form 'cuda'"):
+            choose("cuda", is_torch=True, device="cuda:0")
+    with pytest.raises(UsageError, match="work on 'cuda'"):
+        refine(torch.rand(1, 2, 4, 4), torch.rand(1, 3, 4, 4), SMALL, form="cuda")
+    monkeypatch.setattr(sys.modules[choose.__module__], "_cuda_obstacle", lambda _: None)
+    assert choose("auto", is_torch=True, device="cuda:1", dtype="float16").name == "cuda"
+    assert choose("auto", is_torch=True, device="cuda:1", dtype="bfloat16").name == "torch"
+    assert choose("cuda", is_torch=True, device="cuda").name == "cuda"
+    with pytest.raises(UsageError, match="float64"):
+        choose("cuda", is_torch=True, device="cuda", dtype="float64")
+    with pytest.raises(UsageError, match="on cuda"):
+        choose("cpu", is_torch=True, device="cuda")
+
+
+def test_choosing_for_arrays_does_not_import_torch():
+    code = (
+        "import sys\nfrom wsss_deploy.pairwise import choose\nchoose('auto', is_torch=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("WSSS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ptx"
+
+
+def test_the_cache_keeps_whole_programs_only(cache):
+    name = ptx_cache.key("source", "option")
+    assert name != ptx_cache.key("sourceo", "ption")
+    assert ptx_cache.read(name) is None
+    ptx_cache.write(name, b"code\nof two lines")
+    assert ptx_cache.read(name) == b"code\nof two lines"
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", content[:-1], content[:20], content + b" "):
+        file.write_bytes(damaged)
+        assert ptx_cache.read(name) is None
+    assert file.read_bytes().startswith(b"// sha256 ")
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file in the folder's place")
+    ptx_cache.write("0", b"code")
+    assert ptx_cache.read("0") is None
+
+
+def _write_many(name, code, count):
+    for _ in range(count):
+        ptx_cache.write(name, code)
+
+
+def test_processes_that_write_at_once_never_show_a_part(cache):
+    code = b"x" * 200_000
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_many, args=("name", code, 20)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        seen.add(ptx_cache.read("name"))
+    for writer in writers:
+        writer.join()
+    assert seen <= {None, code}
+    assert ptx_cache.read("name") == code
+    assert [path.name for path in cache.iterdir()] == ["name.ptx"]
+
+
+def test_nvrtc_runs_once_for_a_program(cache, cases, monkeypatch):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings with NVRTC")
+    text = cuda_source.source(cases["par"])
+    first = cuda_source.compile_program(text, "pairwise.cu")
+    assert b".entry wsss_pairwise_step" in first
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", lambda *_: pytest.fail("compiled again"))
+    assert cuda_source.compile_program(text, "pairwise.cu") == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu(case, scene, dtype):
+    data = scene(classes=11, height=41, width=67)
+    masks, guide = (torch.from_numpy(array).to("cuda", dtype) for array in (data.masks, data.guide))
+    expected = reference.refine(masks.double().cpu(), guide.double().cpu(), case)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    assert choose("auto", is_torch=True, device="cuda:0").name == "cuda"
+    out = refine(masks, guide, case)
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    captured = torch.empty_like(masks)
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        cuda_form.refine(case, masks, guide, reference.unary_of(masks, case), captured)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, out)
