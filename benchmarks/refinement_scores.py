@@ -68,13 +68,13 @@ class Sample:
     truth: NDArray[np.uint8]
     scores: NDArray[np.float32]
     features: NDArray[np.float32] | None
-    guides: dict[Any, NDArray[np.float32]] = field(default_factory=dict)
+    kept: dict[Any, NDArray[np.float32]] = field(default_factory=dict)
 
     def guide(self, kind: str, native: bool) -> NDArray[np.float32]:
-        """float32 (1, G, H, W); kept, since many candidates share it."""
-        if (kind, native) not in self.guides:
-            self.guides[kind, native] = np.ascontiguousarray(self._guide(kind, native))
-        return self.guides[kind, native]
+        """float32 (1, G, H, W); the last one is kept, since candidates that follow one another share it."""
+        if (kind, native) not in self.kept:
+            self.kept = {(kind, native): np.ascontiguousarray(self._guide(kind, native))}
+        return self.kept[kind, native]
 
     def _guide(self, kind: str, native: bool) -> NDArray[np.float32]:
         image = self.native if native else self.image
