@@ -84,8 +84,12 @@ def energy_form(probabilities: Tensor, radius: int, form: str = "auto") -> Form:
         UsageError: No such form, or one that cannot take this call.
         BackendError: A form asked for by name is not available.
     """
-    kind = str(probabilities.dtype).removeprefix("torch.")
-    chosen = choose(form, is_torch=True, device=probabilities.device.type, dtype=kind)
+    kind, device = str(probabilities.dtype).removeprefix("torch."), probabilities.device.type
+    if form == "cuda":
+        raise UsageError("the energy has no form 'cuda' yet; use 'torch' or 'auto', which run on any device")
+    if form == "auto" and device != "cpu":
+        return Form("torch", True, f"the tensors are on {device}, the energy's compiled kernels work on the CPU")
+    chosen = choose(form, is_torch=True, device=device, dtype=kind)
     if chosen.name == "cuda":
         return Form("torch", True, "the energy's kernels are not launched on CUDA devices yet")
     reach = min(radius, max(probabilities.shape[-2:]) - 1)
