@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.cam.correction import corrected_labels
 from training.cam.labels import LabelRule, band_labels, plain_labels, present_cams, refined_labels
 from training.cam.maps import multi_scale_cams, normalise_cams, pool_scores
 from training.cam.propagation import propagated_cams, refined_in_box
@@ -137,3 +138,17 @@ def test_all_ignored_pairs_give_exactly_nothing():
     assert predicted.grad.abs().sum() == 0
     with pytest.raises(UsageError, match="expected equal"):
         affinity_loss(predicted, pairs[:, :8])
+
+
+def test_corrections_stay_within_the_tags():
+    labels = torch.tensor([[[0, 1], [255, 255]]])
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[0, 2] = 20  # the teacher believes in a class that the image does not have
+    logits[0, 1] = torch.tensor([[9.0, 0.0], [9.0, 0.1]])  # and, among those it has, is sure of two pixels
+    tags = torch.tensor([[float("nan"), 1, 0]])
+    valid = torch.ones(1, 2, 2, dtype=torch.bool)
+    assert corrected_labels(labels, logits, tags, valid, 0.9).tolist() == [[[1, 1], [1, 255]]]
+    assert corrected_labels(labels, logits, 0 * tags, valid, 0.9).tolist() == [[[0, 0], [0, 0]]]
+    assert (corrected_labels(labels, logits, tags, ~valid, 0.9) == 255).all()
+    assert labels.tolist() == [[[0, 1], [255, 255]]]
+    assert tags[0, 0].isnan()

@@ -88,7 +88,7 @@ SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
 @pytest.mark.parametrize(
     "method",
     [
-        two_stages(cams={"scales": [1.0]}, crf_weight=0.1, crf_start=0.0),
+        two_stages(cams={"scales": [1.0]}, crf_weight=0.1, crf_start=0.0, correction={"start": 0.3, "threshold": 0.6}),
         two_stages("sfc", cams=SHARED),
         {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0, 0.5]}, "regulariser_weight": 0.01},
     ],

@@ -67,8 +67,11 @@ def test_the_saved_model_predicts_what_the_run_reported(squares, tmp_path, small
 
     result = train(squares, tmp_path / "run", small)
     source = open_dataset(squares)
-    again = evaluate(Segmenter(result.model), source, source.splits["val"], "val")
+    again = evaluate(Segmenter(result.model, refine=False), source, source.splits["val"], "val")
     assert again.confusion == result.trained.result.confusion
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["refinement"]
+    refined = evaluate(Segmenter(result.model), source, source.splits["val"], "val")
+    assert refined.miou == pytest.approx(record["candidates"][record["chosen"]]["miou"], abs=1e-9)
 
 
 def test_equal_seeds_give_equal_tensors_and_others_differ(squares, tmp_path, small):

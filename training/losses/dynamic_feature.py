@@ -2,8 +2,8 @@
 
 Zhang, Xiao, Zhao, "Dynamic Feature Regularized Loss for Weakly Supervised Semantic Segmentation", arXiv 2108.01296.
 Its code was never released. That a feature consistency head learns pair-wise relations of deep features is fact; the
-equations are a reconstruction after the first author's released A2GNN code (docs/sparse_labels.md says what is which). The
-kernel that uses the features is a plain Gated CRF kernel with a further modality, see `training.methods.dfr`.
+equations are a reconstruction after the first author's released A2GNN code (docs/sparse_labels.md says what is which).
+The kernel that uses the features is a plain Gated CRF kernel with a further modality, see `training.methods.dfr`.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def feature_consistency_loss(
         flat = layout.flatten(F.pad(targets, (radius,) * 4, value=label_pad)[:, None])[:, 0]
         score = _Consistency(layout, flat, distance, count_centre)
         total, parts = PairSums.apply(layout.flatten(F.pad(maps, (radius,) * 4)), score, distance, 3)
-        centre = score.centre
+        centre = score.centre.to(parts)
         return ConsistencyLoss(
             total + (centre * parts.new_tensor(SHARES)).sum(), parts / parts.new_tensor(SHARES) + centre, score.counts
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.cam.correction import corrected_labels
 from training.losses import GatedCRFLoss, Kernel, PartialCrossEntropyLoss
 from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
 from training.methods.tag_settings import TagsSettings
@@ -27,14 +28,24 @@ class PseudoLabels(Method):
         self.settings, self.preprocessing = settings, context.preprocessing
         self.cross_entropy = PartialCrossEntropyLoss(context.class_weights(settings.class_weights))
         self.regulariser = SegmentationRegulariser(context)
+        self.needs_teacher = settings.correction is not None
 
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The terms `pseudo_ce` and, from its start on, `gated_crf`; see `Method.forward`."""
         logits = network(batch.image)
-        terms = {"pseudo_ce": self.cross_entropy(logits, batch.labels)}
+        terms = {"pseudo_ce": self.cross_entropy(logits, self._labels(batch, progress))}
         if self.settings.crf_weight and start_reached(progress, self.settings.crf_start):
             terms["gated_crf"] = self.settings.crf_weight * self.regulariser(logits, batch)
         return terms
+
+    def _labels(self, batch: Batch, progress: float) -> Tensor:
+        correction = self.settings.correction
+        if correction is None or not start_reached(progress, correction.start):
+            return batch.labels
+        assert self.teacher is not None, "set_teacher is called before training"
+        with torch.no_grad():
+            logits = self.teacher(batch.image)
+        return corrected_labels(batch.labels, logits, batch.tags, batch.valid, correction.threshold)
 
 
 class SegmentationRegulariser(torch.nn.Module):

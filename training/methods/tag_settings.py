@@ -96,6 +96,18 @@ CamKind = Annotated[
 ]
 
 
+class CorrectionSettings(_Strict):
+    """Pseudo-labels corrected by the moving average of the segmenter (`optimisation.ema`) within the tags.
+
+    Attributes:
+        start: They are corrected after this fraction of the second stage.
+        threshold: Least probability of a correction, among background and the image's own classes.
+    """
+
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+
 class TagsSettings(_Strict):
     """Two stages in one run: a classifier gives pseudo-labels of the training images, a segmenter learns from them.
 
@@ -108,6 +120,7 @@ class TagsSettings(_Strict):
         cam_frozen: Part of the encoder's layers, from the image on, that the first stage leaves as they are: general
             features gain little from tags, and a third of them saves a fifth of the time.
         cam_long_side: Longer side in pixels at which images are read for their CAMs; None takes 1.5 times the crop.
+        correction: Of pseudo-labels by the segmenter's own moving average; null is none.
         crf_weight: Of the Gated CRF loss beside the second stage's cross-entropy; 0 turns it off.
         crf_start: It acts after this fraction of the second stage.
         class_weights: Of the second stage: "counts" weighs classes by how rare their pseudo-labels are.
@@ -121,6 +134,7 @@ class TagsSettings(_Strict):
     cam_head_factor: Annotated[float, Field(gt=0)] = 30.0
     cam_frozen: Share = 1 / 3
     cam_long_side: Annotated[int, Field(ge=32, le=4096)] | None = None
+    correction: CorrectionSettings | None = None
     crf_weight: Weight = 0.0
     crf_start: Annotated[float, Field(ge=0, lt=1)] = 0.3
     class_weights: Literal["off", "counts"] = "off"
