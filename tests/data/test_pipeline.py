@@ -34,6 +34,7 @@ def test_a_sample(folder_set):
         "labels": (torch.int64, (64, 64)),
         "valid": (torch.bool, (64, 64)),
         "tags": (torch.float32, (3,)),
+        "labelled": (torch.bool, (3,)),
     }
     valid = sample["valid"].numpy()
     assert valid.sum() == 48 * 64, "the image of 64 x 48 fits into the crop"
@@ -50,6 +51,18 @@ def test_tags_are_known_or_nan(folder_set):
     assert torch.isnan(tags[0]), "tags say nothing of the background"
     assert tags[1:].tolist() == [0, 1]
     assert torch.isnan(dataset[1, 0]["tags"]).all()
+
+
+def test_labelled_classes_are_those_of_the_whole_image(folder_set, labels_writer):
+    layer = np.full((48, 64), 255)
+    layer[40, 60], layer[2, 2] = 2, 0
+    labels_writer(folder_set / "points" / "a.png", layer)
+    for largest in (1.0, 8.0):  # shrunken before the cache, and cut to a corner
+        dataset = training_set(folder_set, ("points",), PLAIN.model_copy(update={"scale": (largest, largest)}))
+        seen = {tuple(np.unique(dataset[0, position]["labels"])) for position in range(8)}
+        assert largest == 1.0 or (0, 2, 255) not in seen
+        assert all(dataset[0, position]["labelled"].tolist() == [True, False, True] for position in range(8))
+        assert dataset[1, 0]["labelled"].all()
 
 
 def test_auto_takes_the_densest_and_explicit_kinds_are_merged(folder_set):

@@ -45,7 +45,7 @@ def batch(labelled=0.1):
     valid = torch.ones(2, SIZE, SIZE, dtype=torch.bool)
     valid[:, 50:] = False
     labels[~valid] = 255
-    return Batch(image, labels, valid, torch.full((2, CLASSES), float("nan")))
+    return Batch(image, labels, valid, torch.full((2, CLASSES), float("nan")), torch.ones(2, CLASSES, dtype=torch.bool))
 
 
 VARIANTS = [

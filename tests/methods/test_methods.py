@@ -59,7 +59,13 @@ def batch(labelled=0.1, preprocessing=IMAGENET, size=32, valid_rows=None):
     valid = torch.ones(2, size, size, dtype=torch.bool)
     if valid_rows is not None:
         valid[:, valid_rows:] = False
-    return Batch(normalise(values, preprocessing), labels, valid, torch.full((2, CLASSES), float("nan")))
+    return Batch(
+        normalise(values, preprocessing),
+        labels,
+        valid,
+        torch.full((2, CLASSES), float("nan")),
+        torch.ones(2, CLASSES, dtype=torch.bool),
+    )
 
 
 @pytest.mark.parametrize("name", ALL)

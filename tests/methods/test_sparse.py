@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 from torch.nn import functional as F
 
-from training.losses import block_labels, collision_cross_entropy, partial_cross_entropy, soft_labels, spread_labels
+from training.losses import (
+    absent_classes_loss,
+    block_labels,
+    collision_cross_entropy,
+    partial_cross_entropy,
+    soft_labels,
+    spread_labels,
+)
 from training.methods import Batch, build_method
 from training.methods.settings import MethodSettings
 from wsss_deploy.card import Architecture, Preprocessing
@@ -53,7 +62,7 @@ def batch(size=32):
     valid = torch.ones(2, size, size, dtype=torch.bool)
     valid[:, -6:] = False
     labels[~valid] = 255
-    return Batch(image, labels, valid, torch.full((2, CLASSES), float("nan")))
+    return Batch(image, labels, valid, torch.full((2, CLASSES), float("nan")), torch.ones(2, CLASSES, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -130,3 +139,24 @@ def test_the_soft_label_term_is_collision_cross_entropy_with_the_sub_problems_so
     found.backward()
     assert student.logits.grad[:, :, :6].abs().max() > 0
     assert student.logits.grad[:, :, 6:].abs().max() == 0
+
+
+def test_classes_without_a_label_are_absent_from_image_and_teacher():
+    data, student = batch(), Fixed(torch.randn(2, CLASSES, 8, 8))
+    present = torch.tensor([[True, False, True], [False, True, False]])
+    assert present.shape[1] == CLASSES
+    data = replace(data, labelled=present)
+    average = Fixed(4 * torch.randn(2, CLASSES, 8, 8))
+    method = make("partial_ce", absent={"weight": 0.5}, teacher={"threshold": 0.8, "start": 0})
+    method.set_teacher(average)
+    terms = method(student, data, 0.0)
+    inside = torch.ones(2, 8, 8, dtype=torch.bool)
+    inside[:, 6:] = False
+    torch.testing.assert_close(terms["absent"], 0.5 * absent_classes_loss(student.logits, present, inside))
+    unlabelled = inside & (block_labels(data.labels, (8, 8)) == 255)
+    # The second image has a single class, of which the teacher therefore is sure everywhere.
+    likely = average.logits[0, [0, 2]].softmax(0)
+    best, counted = torch.tensor([0, 2])[likely.argmax(0)], unlabelled[0] & (likely.amax(0) >= 0.8)
+    nll = F.cross_entropy(student.logits, torch.stack([best, torch.ones_like(best)]), reduction="none")
+    expected = (nll[0][counted].sum() + nll[1][unlabelled[1]].sum()) / unlabelled.sum()
+    torch.testing.assert_close(terms["teacher"], expected)

@@ -187,7 +187,13 @@ def batch(tags, size=64):
     valid = torch.ones(2, size, size, dtype=torch.bool)
     valid[1, 40:] = False
     image = torch.rand(2, 3, size, size) * 2 - 1
-    return Batch(image, torch.full((2, size, size), 255), valid, torch.tensor(tags, dtype=torch.float32))
+    return Batch(
+        image,
+        torch.full((2, size, size), 255),
+        valid,
+        torch.tensor(tags, dtype=torch.float32),
+        torch.zeros(2, len(tags[0]), dtype=torch.bool),
+    )
 
 
 def tscd(net, **options):

@@ -88,6 +88,7 @@ class Augmentation(BaseModel):
 class _Item:
     image: NDArray[np.uint8]
     labels: Mapping[str, NDArray[np.uint8]]
+    labelled: NDArray[np.bool_]
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +100,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
     An item holds "image" uint8 (3, S, S); "labels" int64 (S, S), 255 = unlabelled; "valid" bool (S, S), True inside
     the image; "tags" float32 (K,), 1 and 0 where tags say so, NaN where nothing is known (an image without tags; the
-    background, which tags leave out).
+    background, which tags leave out); "labelled" bool (K,), the classes of which the whole image holds a label.
 
     Where an image has several of the kinds, masks are laid first, then scribbles where there is no label yet, then
     points. A crop without any label is drawn again a few times, since it would teach nothing.
@@ -176,6 +177,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
             "labels": torch.from_numpy(labels.astype(np.int64)),
             "valid": torch.from_numpy(np.ascontiguousarray(valid)),
             "tags": torch.from_numpy(self._tag_vector(self.names[index])),
+            "labelled": torch.from_numpy(item.labelled),
         }
 
     def _draw_window(self, item: _Item, scale: float, rng: np.random.Generator) -> Window:
@@ -242,14 +244,18 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         """Bring an image that is larger than any crop needs down to the largest scale, once, before the cache."""
         source = (image.shape[0], image.shape[1])
         largest = int(np.ceil(self.augmentation.size * self.augmentation.scale[1]))
+        labelled = np.zeros(IGNORE_INDEX + 1, np.bool_)
+        for layer in labels.values():
+            labelled[layer] = True
+        labelled = labelled[: len(self.source.classes)]
         if max(source) <= largest:
-            return _Item(image, labels)
+            return _Item(image, labels, labelled)
         # A square window that holds the whole scaled image; what lies outside is cut off again.
         window = draw_window(source, largest, 1.0, np.random.default_rng(0), place=(0.0, 0.0))
         height, width = window.scaled
         crops = {"masks": crop_dense, "scribbles": crop_scribbles, "points": crop_points}
         small = {kind: crops[kind](layer, window)[:height, :width].copy() for kind, layer in labels.items()}
-        return _Item(crop_image(image, window, _FILL)[:height, :width].copy(), small)
+        return _Item(crop_image(image, window, _FILL)[:height, :width].copy(), small, labelled)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cache, which each loading process fills by itself."""

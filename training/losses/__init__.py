@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.losses.absent_classes import absent_classes_loss
 from training.losses.dense_energy import dense_pair_energy
 from training.losses.dynamic_feature import (
     block_labels,
@@ -22,6 +23,7 @@ __all__ = [
     "GatedCRFLoss",
     "Kernel",
     "PartialCrossEntropyLoss",
+    "absent_classes_loss",
     "block_labels",
     "class_weights_from_counts",
     "collision_cross_entropy",

@@ -62,16 +62,31 @@ class SpreadSettings(_Strict):
     start: Fraction = 0.0
 
 
+class AbsentSettings(_Strict):
+    """A class without any label in an image is taken to be absent from it; see `training.losses.absent_classes_loss`.
+
+    Right where annotators label every class that they see in an image at least once, as with a point an object.
+
+    Attributes:
+        weight: Factor of the loss.
+    """
+
+    weight: Positive = 1.0
+
+
 class SparseSettings(_Strict):
     """What every method for sparse labels takes.
 
     Attributes:
         class_weights: Of the cross-entropy: "counts" weighs classes by how rare their labels are, "off" equally.
+        absent: Classes without a label in an image are absent from it, also for the teacher; null draws no such
+            conclusion.
         teacher: Pseudo-labels from the network's moving average; null is none.
         spread: Labels carried along paths of like colour; null is none.
     """
 
     class_weights: ClassWeights = "off"
+    absent: AbsentSettings | None = None
     teacher: TeacherSettings | None = None
     spread: SpreadSettings | None = None
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses import PartialCrossEntropyLoss, block_labels, spread_labels
+from training.losses import PartialCrossEntropyLoss, absent_classes_loss, block_labels, spread_labels
 from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
 from training.methods.settings import SparseSettings, SpreadSettings, TeacherSettings
 from wsss_deploy.card import IGNORE_INDEX
@@ -27,7 +27,7 @@ class SparseMethod(Method):
         self.cross_entropy = PartialCrossEntropyLoss(context.class_weights(settings.class_weights))
 
     def sparse_terms(self, logits: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The term `partial_ce` and, where asked for and from their starts on, `teacher` and `spread`.
+        """The term `partial_ce` and, where asked for and from their starts on, `absent`, `teacher` and `spread`.
 
         Args:
             logits: (N, C, h, w).
@@ -35,7 +35,10 @@ class SparseMethod(Method):
             progress: Part of the training that is done.
         """
         terms = {"partial_ce": self.cross_entropy(logits, batch.labels)}
-        teacher, spread = self.sparse.teacher, self.sparse.spread
+        absent, teacher, spread = self.sparse.absent, self.sparse.teacher, self.sparse.spread
+        if absent is not None:
+            inside = whole_cells(batch.valid, (logits.shape[-2], logits.shape[-1]))
+            terms["absent"] = absent.weight * absent_classes_loss(logits, batch.labelled, inside)
         if teacher is not None and start_reached(progress, teacher.start):
             terms["teacher"] = teacher.weight * self._teacher_term(teacher, logits, batch)
         if spread is not None and start_reached(progress, spread.start):
@@ -56,7 +59,10 @@ class SparseMethod(Method):
         """
         assert self.teacher is not None, "set_teacher is called before training"
         with torch.no_grad():
-            likely, predicted = self.teacher(batch.image).float().softmax(dim=1).max(dim=1)
+            scores = self.teacher(batch.image).float()
+            if self.sparse.absent is not None:
+                scores = scores.masked_fill(~batch.labelled[:, :, None, None], -torch.inf)
+            likely, predicted = scores.softmax(dim=1).max(dim=1)
         size = (logits.shape[-2], logits.shape[-1])
         unlabelled = (block_labels(batch.labels, size) == IGNORE_INDEX) & whole_cells(batch.valid, size)
         targets = predicted.masked_fill(~unlabelled | (likely < settings.threshold), IGNORE_INDEX)
