@@ -40,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "card says, many times faster (default: none)",
     )
     parser.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="pad images to N pixels a side and take no larger ones (default: any size; Swin encoders need one)",
+    )
+    parser.add_argument(
         "--images", metavar="FOLDER", help="check on these images, too (the first 8); always checked on made-up ones"
     )
     run_command(parser, _export, argv)
@@ -53,7 +59,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from export.parity import REPORT
 
     path = export_onnx(
-        arguments.model, out, opset=arguments.opset, images=images, refine=arguments.refine == "in-graph"
+        arguments.model,
+        out,
+        opset=arguments.opset,
+        images=images,
+        refine=arguments.refine == "in-graph",
+        size=arguments.size,
     )
     report = json.loads((path.parent / REPORT).read_text())
     differences = f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"

@@ -28,6 +28,8 @@ from wsss_deploy.refinement import DEFAULT
 
 OPSETS = range(18, 24)
 MODEL = "model.onnx"
+#: Largest side, in pixels, of a graph of fixed size that nobody asked for.
+FIXED_SIZE = 512
 # A protobuf message, which an ONNX file is, holds less than 2 GiB; some of that is for the graph itself.
 _MOST_BYTES = 2**31 - 2**26
 _LOUD = ("torch", "onnx", "onnxscript", "onnx_ir")
@@ -42,6 +44,7 @@ def export_onnx(
     opset: int = 20,
     images: Sequence[Path] = (),
     refine: bool = False,
+    size: int | None = None,
 ) -> Path:
     """Export a `model.pt` and prove that the result agrees with torch.
 
@@ -56,6 +59,8 @@ def export_onnx(
         images: Real images for the parity check; it always runs on procedural ones, too.
         refine: Put the card's refinement (or else the package's) into the graph, for runtimes other than ours. Without
             it `Segmenter` refines as the card says, with the compiled operator, many times faster.
+        size: The graph pads images to this many pixels a side and takes no larger ones; None leaves the size open where
+            the encoder allows it, and is the card's working size (at most `FIXED_SIZE`) where it does not.
 
     Returns:
         The path of `model.onnx`.
@@ -73,7 +78,7 @@ def export_onnx(
         # Before the slow part, so that a folder that cannot be written is told at once.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
             candidate = Path(scratch) / MODEL
-            onnx.save(build_graph(card, state_dict, opset, source.name, refine=refine), candidate)
+            onnx.save(build_graph(card, state_dict, opset, source.name, refine=refine, size=size), candidate)
             _log.info("Checking it against torch")
             report = check_parity(source, candidate, images)
             if not report.passed:
@@ -96,7 +101,13 @@ def export_onnx(
 
 
 def build_graph(
-    card: ModelCard, state_dict: Mapping[str, torch.Tensor], opset: int, source: str, *, refine: bool = False
+    card: ModelCard,
+    state_dict: Mapping[str, torch.Tensor],
+    opset: int,
+    source: str,
+    *,
+    refine: bool = False,
+    size: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a card and its tensors, checked by ONNX's own checker and free of traces of this machine.
 
@@ -106,21 +117,18 @@ def build_graph(
         opset: ONNX opset.
         source: Name of the file, for errors.
         refine: As in `export_onnx`.
+        size: As in `export_onnx`.
 
     Raises:
         ArtifactError: The tensors do not fit the card.
         ExportError: torch cannot export the network, or the result is too large for one file.
     """
-    size = sum(tensor.nbytes for tensor in state_dict.values())
-    if size > _MOST_BYTES:
+    weight = sum(tensor.nbytes for tensor in state_dict.values())
+    if weight > _MOST_BYTES:
         raise ExportError(
-            f"{source}: its tensors take {size / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller encoder"
+            f"{source}: its tensors take {weight / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller encoder"
         )
-    if "swin" in card.architecture.encoder:
-        raise ExportError(
-            f"{source}: encoder '{card.architecture.encoder}' picks its windows by the image's size, which one "
-            "graph for all sizes cannot do; run model.pt in torch, or train with a ViT, PVTv2, TinyViT or ConvNeXt"
-        )
+    card = _with_fixed_size(card, size, source)
     network = restore_network(card, state_dict, source)
     refinement = None
     if refine:
@@ -152,6 +160,22 @@ def build_graph(
     return proto
 
 
+def _with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard:
+    stride = card.preprocessing.stride
+    if size is not None and (size < stride or size % stride):
+        near = max(stride, (size + stride // 2) // stride * stride)
+        raise ExportError(f"{source}: size {size} is no multiple of the network's stride {stride}; pass --size {near}")
+    if size is None:
+        # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
+        if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
+            return card
+        wanted = min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
+        size = -(-wanted // stride) * stride
+        _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
+    preprocessing = card.preprocessing.model_copy(update={"fixed_size": size})
+    return card.model_copy(update={"preprocessing": preprocessing})
+
+
 def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names.
 
@@ -172,7 +196,9 @@ def _trace(
     module = deployed if refinement is None else RefinedNetwork(deployed, refinement)
     # Sides that are no multiples of the stride and differ from one another, so that the trace sees nothing special.
     stride = card.preprocessing.stride
-    example = torch.zeros(2, 2 * stride + 5, 3 * stride + 1, 3, dtype=torch.uint8)
+    largest = card.preprocessing.fixed_size or 4 * stride
+    height, width = min(2 * stride + 5, largest - 1), min(3 * stride + 1, largest)
+    example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     anything = {axis: Dim.DYNAMIC for axis in (0, 1, 2)}
     try:
         with _quiet():

@@ -234,7 +234,10 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
         (1, stride // 2, 2 * stride + 1),
         (1, 1, 1),
     ]
+    largest = card.preprocessing.fixed_size or 10**9
     for count, height, width in sizes:
+        if max(height, width) > largest:
+            continue
         yield "pattern", np.stack([pattern_image(height, width, seed) for seed in range(count)])
     for name, image in real:
         height, width = network_size(image.shape[0], image.shape[1], card)

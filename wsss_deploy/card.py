@@ -52,11 +52,20 @@ class Preprocessing(_Plain):
         mean: Per channel, in units of [0, 1].
         std: Per channel, in units of [0, 1].
         stride: The graph pads height and width to a multiple of this many pixels (edge values, right and bottom).
+        fixed_size: The graph pads height and width to exactly this many pixels instead, a multiple of the stride, and
+            takes no larger image; for networks that work at one size only (windows picked by the image's size).
     """
 
     mean: tuple[float, float, float]
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
     stride: Annotated[int, Field(ge=1, le=1024)]
+    fixed_size: Annotated[int, Field(ge=1, le=16384)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fixed_size is not None and self.fixed_size % self.stride:
+            raise ValueError(f"fixed_size is {self.fixed_size}, expected a multiple of the stride {self.stride}")
+        return self
 
 
 class Sizing(_Plain):

@@ -14,7 +14,7 @@ from PIL import Image
 from wsss_deploy.artifact import check_path, read_card
 from wsss_deploy.backends import check_device_name, open_backend
 from wsss_deploy.backends.base import Backend
-from wsss_deploy.card import ModelCard
+from wsss_deploy.card import ModelCard, Sizing
 from wsss_deploy.errors import ArtifactError, ImageError, UsageError
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.refinement import Asked, decide
@@ -44,6 +44,7 @@ class Segmenter:
         refine: Whether the scores are refined along the image's edges: None leaves it to the model's card, False is
             never, True always, with the card's parameters or else `wsss_deploy.refinement.DEFAULT`; a
             `PairwiseParameters` or a `wsss_deploy.card.Refinement` is taken as it is.
+        sizing: In place of the card's plan of the size at which the network sees an image.
 
     Raises:
         ArtifactError: The file is absent, damaged or not ours.
@@ -58,10 +59,13 @@ class Segmenter:
         backend: str = "auto",
         threads: int | None = None,
         refine: Asked = None,
+        sizing: Sizing | None = None,
     ) -> None:
         model = check_path(path)
         self._source = model.name
         self._card = read_card(model)
+        if sizing is not None:
+            self._card = self._card.model_copy(update={"sizing": sizing})
         self._choice = decide(refine, self._card, in_graph=model.suffix.lower() != ".pt")
         self._refiner = self._choice.refiner(threads)
         self._backend: Backend = open_backend(model, device, backend, threads)
@@ -104,6 +108,11 @@ class Segmenter:
     def card(self) -> ModelCard:
         """The model's card: classes, palette, sizing, how it was trained."""
         return self._card
+
+    @property
+    def runtime(self) -> Backend:
+        """The runtime that the model is loaded in; of use for measuring it alone."""
+        return self._backend
 
     def describe(self) -> dict[str, Any]:
         """What really runs: model, runtime and its version, device or providers, precision, threads; plain data.
@@ -190,7 +199,8 @@ class Segmenter:
         self, item: _Prepared, scores: npt.NDArray[np.float32], inference: float, refinement: float
     ) -> Segmentation:
         start = time.perf_counter()
-        if not np.isfinite(scores).all():
+        # The sum of both is finite only if all scores are, and needs no copy of them.
+        if not np.isfinite(scores.min() + scores.max()):
             raise ArtifactError(
                 f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
                 "training diverged: train it again, with a lower learning rate if that repeats"

@@ -10,6 +10,7 @@ def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
 
     With `card.sizing.long_side`, the longer side becomes about that many pixels, whether this enlarges or reduces.
     Without it, the image keeps its size unless its longer side exceeds `max_long_side`; then that is the target.
+    Where the preprocessing has a `fixed_size`, neither exceeds it.
     Whenever the size changes, both sides become the nearest multiple of the network's stride, at least one stride;
     `max_long_side` is never exceeded unless one stride already does. A size that is kept is not rounded: the network
     pads to its stride by itself and crops the result. The aspect ratio therefore changes a little, which thin
@@ -25,14 +26,15 @@ def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
     """
     sizing, stride = card.sizing, card.preprocessing.stride
     longer = max(height, width)
-    if sizing.long_side is None and longer <= sizing.max_long_side:
+    largest = card.preprocessing.fixed_size or 10**9
+    if sizing.long_side is None and longer <= min(sizing.max_long_side, largest):
         return height, width
-    target = sizing.long_side or sizing.max_long_side
-    most = 10**9 if sizing.long_side else max(sizing.max_long_side // stride, 1)
+    target = min(sizing.long_side or sizing.max_long_side, largest)
+    most = largest if sizing.long_side else min(sizing.max_long_side, largest)
 
     def side(pixels: int) -> int:
         # Halves go up, not to even (as round() would), so that equal sides of different images stay comparable.
         strides = int(pixels * target / (longer * stride) + 0.5)
-        return min(max(strides, 1), most) * stride
+        return min(max(strides, 1), max(most // stride, 1)) * stride
 
     return side(height), side(width)

@@ -16,6 +16,8 @@ from wsss_deploy.networks import build_network, encoder_preprocessing
 
 # One block a stage: the tracer's time goes by the number of operations, not by the width.
 OPTIONS = {"pvt_v2_b0": {"depths": (1, 1, 1, 1)}, "convnext_atto": {"depths": (1, 1, 1, 1)}}
+# The second block of the first stage shifts its windows.
+OPTIONS["swin_tiny_patch4_window7_224"] = {"depths": (2, 1, 1, 1)}
 DECODERS = {"pvt_v2_b0": "mlp", "convnext_atto": "light", "test_vit": "mlp"}
 
 

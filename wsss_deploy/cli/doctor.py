@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,12 +17,8 @@ from rich.markup import escape
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends import RUNTIMES, can_run
 from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.environment import cpu_threads, package_versions
 from wsss_deploy.pairwise import choose, forms
-
-_PACKAGES = (
-    *("wsss-deploy", "numpy", "pillow", "pydantic", "torch", "torchvision", "timm", "onnx", "onnxscript"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "pycuda", "gradio", "supervision"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -59,7 +53,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def inspect_machine() -> dict[str, Any]:
     """Versions, CPU, runtimes with reasons, devices and problems; plain data."""
-    packages = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    packages = package_versions()
     problems = []
     if "onnxruntime" in packages and "onnxruntime-gpu" in packages:
         problems.append(
@@ -69,7 +63,7 @@ def inspect_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_threads": cpu_threads(),
         "packages": packages,
         "runtimes": {
             name: {"files": suffix, **can_run(name)._asdict(), "devices": _devices(name)}
@@ -129,13 +123,6 @@ def _devices(runtime: str) -> list[str]:
     import torch
 
     return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _print_machine(report: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.stride = preprocessing.stride
+        self.fixed_size = preprocessing.fixed_size
         mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
         std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
         # (value / 255 - mean) / std as one multiplication and one addition.
@@ -37,7 +38,7 @@ class DeployedNetwork(nn.Module):
         """Segment images.
 
         Args:
-            image: uint8 (N, H, W, 3), RGB; any H and W.
+            image: uint8 (N, H, W, 3), RGB; any H and W, up to `fixed_size` where the preprocessing has one.
 
         Returns:
             Probabilities float32 (N, C, H, W), and class ids uint8 (N, H, W).
@@ -53,7 +54,8 @@ class DeployedNetwork(nn.Module):
         # Edge values to the right and below, as indices: cheap on bytes, and any amount is allowed for any size.
         for dim in (1, 2):
             size = image.shape[dim]
-            padded = (size + self.stride - 1) // self.stride * self.stride  # not -(-a // b): ONNX divides towards zero
+            # Not -(-a // b): ONNX divides towards zero.
+            padded = self.fixed_size or (size + self.stride - 1) // self.stride * self.stride
             index = torch.arange(padded, device=image.device).clamp(max=size - 1)
             image = image.index_select(dim, index)
         return image

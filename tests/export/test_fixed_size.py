@@ -1,0 +1,53 @@
+"""Encoders that work at one size only: the graph pads to it and the runtime keeps images within it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from export.onnx_graph import export_onnx
+from wsss_deploy import Segmenter
+from wsss_deploy.artifact import read_card
+from wsss_deploy.card import Preprocessing, Sizing
+from wsss_deploy.sizing import network_size
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.slow
+def test_swin_agrees_with_torch_at_its_fixed_size(write, tmp_path):
+    # Shifted windows need two blocks; 96 pixels are 24 positions: more than one window of 7, padded.
+    model = write(tmp_path / "model.pt", "swin_tiny_patch4_window7_224")
+    path = export_onnx(model, tmp_path)
+    card = read_card(path)
+    assert card.preprocessing.fixed_size == 96
+    fixed = Segmenter.from_network(restored(model, card), card)
+    exported = Segmenter(path, device="cpu")
+    rng = np.random.default_rng(0)
+    for shape in ((300, 200), (64, 96), (7, 300), (1, 1)):
+        image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        np.testing.assert_allclose(exported.predict(image).scores, fixed.predict(image).scores, atol=1e-4)
+
+
+def restored(model, card):
+    from wsss_deploy.artifact import load_model
+    from wsss_deploy.networks import restore_network
+
+    return restore_network(card, load_model(model)[1], "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("sizing", "expected"),
+    [(Sizing(), (64, 48)), (Sizing(long_side=512), (96, 64)), (Sizing(long_side=64), (64, 64))],
+)
+def test_sizes_stay_within_the_fixed_size(tiny_card, sizing, expected):
+    preprocessing = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), stride=32, fixed_size=96)
+    card = tiny_card.model_copy(update={"preprocessing": preprocessing, "sizing": sizing})
+    assert network_size(64, 48, card) == expected
+    for shape in ((1000, 1000), (97, 3), (1, 5000)):
+        assert max(network_size(*shape, card)) <= 96
+
+
+def test_a_fixed_size_is_a_multiple_of_the_stride():
+    with pytest.raises(ValueError, match="expected a multiple of the stride 32"):
+        Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), stride=32, fixed_size=100)

@@ -1,0 +1,1 @@
+"""Latency, throughput, memory and accuracy of model files; the command is `wsss-bench`."""
