@@ -276,8 +276,8 @@ def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
         # little but flat areas; a wider one carries labels further.
         method = {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.4}]}
         if supervision == "points":
-            # Half of all points are background.
-            method["class_weights"] = "counts"
+            # Half of all points are background. Labels from further sources add as much again as the Gated CRF loss.
+            method |= {"class_weights": "counts", "absent": {}, "spread": {}, "teacher": {}}
     if supervision == "tags":
         method = {"name": "tags"}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
