@@ -126,7 +126,8 @@ def build_graph(
     weight = sum(tensor.nbytes for tensor in state_dict.values())
     if weight > _MOST_BYTES:
         raise ExportError(
-            f"{source}: its tensors take {weight / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller encoder"
+            f"{source}: its tensors take {weight / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller "
+            "encoder"
         )
     card = _with_fixed_size(card, size, source)
     network = restore_network(card, state_dict, source)

@@ -75,10 +75,21 @@ class Sizing(_Plain):
         long_side: The longer side is resized to about this many pixels (both sides rounded to the network's
             stride); None keeps the image's own size.
         max_long_side: With `long_side` None, a larger image is resized down to this many pixels.
+        tile: An image with a longer side than this is not resized but cut into overlapping windows of so many pixels
+            a side (`wsss_deploy.tiling`); None never cuts.
+        overlap: Pixels that neighbouring windows share, at most half a tile.
     """
 
     long_side: Annotated[int, Field(ge=16, le=16384)] | None = None
     max_long_side: Annotated[int, Field(ge=16, le=16384)] = 1024
+    tile: Annotated[int, Field(ge=16, le=16384)] | None = None
+    overlap: Annotated[int, Field(ge=0, le=8192)] = 64
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tile is not None and self.overlap > self.tile // 2:
+            raise ValueError(f"overlap is {self.overlap}, expected at most {self.tile // 2}, half of the tile")
+        return self
 
 
 class Refinement(_Plain):

@@ -8,14 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
-from wsss_deploy.card import palette_bytes
-from wsss_deploy.errors import BackendError, ImageError
+from wsss_deploy.card import ModelCard, palette_bytes
+from wsss_deploy.errors import BackendError, ImageError, UsageError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.upsampling import best_class, upsample
@@ -50,7 +50,8 @@ class Segmentation:
     """The result of segmenting one image; made by `Segmenter`.
 
     Attributes:
-        network_scores: Class probabilities at the network's size, refined if that is on, float32 (C, h, w).
+        network_scores: Class probabilities at the network's size, refined if that is on, float32 (C, h, w); None for
+            a tiled prediction, which does not keep them.
         image: The segmented image, upright, uint8 (H, W, 3).
         classes: Class names by id.
         palette: RGB by class id.
@@ -61,7 +62,7 @@ class Segmentation:
         confidence: The winning class's score, float32 (H, W).
     """
 
-    network_scores: npt.NDArray[np.float32]
+    network_scores: npt.NDArray[np.float32] | None
     image: npt.NDArray[np.uint8]
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -70,9 +71,26 @@ class Segmentation:
     confidence: npt.NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.network_scores is None:  # `from_mask` sets them
+            return
         mask, confidence = best_class(self.network_scores, *self.image.shape[:2])
         object.__setattr__(self, "mask", mask)
         object.__setattr__(self, "confidence", confidence)
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: npt.NDArray[np.uint8],
+        confidence: npt.NDArray[np.float32],
+        image: npt.NDArray[np.uint8],
+        card: ModelCard,
+        timing: Mapping[str, float],
+    ) -> Self:
+        """A result of which only the mask and the confidence are kept; arguments as in the class."""
+        result = cls(None, image, card.classes, card.palette, timing)
+        object.__setattr__(result, "mask", mask)
+        object.__setattr__(result, "confidence", confidence)
+        return result
 
     @property
     def scores(self) -> npt.NDArray[np.float32]:
@@ -80,7 +98,12 @@ class Segmentation:
 
         Computed at every access and not kept, since it is large: hold it in a variable if it is needed twice.
         `mask` is its `argmax(0)` and `confidence` its `max(0)`.
+
+        Raises:
+            UsageError: The prediction was tiled; all classes' scores of a large image are not kept.
         """
+        if self.network_scores is None:
+            raise UsageError("a tiled prediction keeps mask and confidence, not the scores; predict it without tiles")
         return upsample(self.network_scores, *self.mask.shape)
 
     def legend(self) -> list[ClassShare]:

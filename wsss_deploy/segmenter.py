@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.refinement import Asked, decide
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.sizing import network_size
+from wsss_deploy.tiling import ArrayWindows, Block, Tiling, WindowReader, predict_blocks
 
 if TYPE_CHECKING:
     from wsss_deploy.networks import SegmentationNetwork
@@ -164,15 +165,126 @@ class Segmenter:
                     raise
                 raise ImageError(f"image {index + 1} of {len(images)}: {error}") from error
         groups: dict[tuple[int, int], list[int]] = {}
-        for index, item in enumerate(prepared):
-            groups.setdefault(item.resized.shape[:2], []).append(index)
         results: dict[int, Segmentation] = {}
+        tile = self._card.sizing.tile
+        for index, item in enumerate(prepared):
+            if tile is not None and max(item.image.shape) > tile:
+                results[index] = self.predict_tiled(item.image)
+                continue
+            groups.setdefault(item.resized.shape[:2], []).append(index)
         for (height, width), members in groups.items():
             count = max(1, BATCH_PIXELS // (height * width))
             for start in range(0, len(members), count):
                 part = members[start : start + count]
                 results.update(zip(part, self._infer([prepared[index] for index in part]), strict=True))
         return [results[index] for index in range(len(prepared))]
+
+    def predict_tiled(self, image: ImageSource, tiling: Tiling | None = None) -> Segmentation:
+        """Segment one image at its own size in overlapping windows, whose scores are blended.
+
+        Args:
+            image: Anything that `load_image` reads.
+            tiling: How to cut it; None takes the card's plan, or else windows of 512 pixels that share 64.
+
+        Returns:
+            The result; it keeps no scores. `timing["inference"]` is everything between reading and the mask.
+
+        Raises:
+            ImageError: The image cannot be used.
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+            UsageError: The windows are larger than the model's fixed size.
+        """
+        start = time.perf_counter()
+        pixels = load_image(image)
+        timing = {"pre": _milliseconds(start), "inference": 0.0, "refinement": 0.0, "post": 0.0}
+        start = time.perf_counter()
+        mask = np.empty(pixels.shape[:2], np.uint8)
+        confidence = np.empty(pixels.shape[:2], np.float32)
+        for block in self.predict_blocks(ArrayWindows(pixels), tiling):
+            rows = slice(block.top, block.top + block.mask.shape[0])
+            columns = slice(block.left, block.left + block.mask.shape[1])
+            mask[rows, columns], confidence[rows, columns] = block.mask, block.confidence
+        timing["inference"] = _milliseconds(start)
+        return Segmentation.from_mask(mask, confidence, pixels, self._card, timing)
+
+    def predict_blocks(self, image: WindowReader, tiling: Tiling | None = None) -> Iterator[Block]:
+        """Segment an image of any size that is read by windows, in constant memory.
+
+        Args:
+            image: `wsss_deploy.tiling.ArrayWindows` of a memory map, a zarr array and the like, or your own reader.
+            tiling: As in `predict_tiled`.
+
+        Yields:
+            Finished blocks that cover the image, see `wsss_deploy.tiling.predict_blocks`.
+
+        Raises:
+            ImageError: The reader gives something else than it was asked for.
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+            UsageError: The windows are larger than the model's fixed size.
+        """
+        sizing, fixed = self._card.sizing, self._card.preprocessing.fixed_size
+        if tiling is None:
+            tile = sizing.tile or min(512, fixed or 512)
+            tiling = Tiling(tile, min(sizing.overlap, tile // 2))
+        if fixed is not None and tiling.tile > fixed:
+            raise UsageError(f"windows of {tiling.tile} pixels, but {self._source} takes at most {fixed}; use that")
+        return predict_blocks(self, image, tiling)
+
+    def scores_of(self, windows: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Class probabilities of images of one size at which the network sees them as they are, refined if that is on.
+
+        Args:
+            windows: RGB, uint8 (H, W, 3).
+
+        Returns:
+            float32 (N, C, H, W).
+
+        Raises:
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+        """
+        scores, _ = self._backend.run(np.stack(windows), self._refiner)
+        self._check(scores, (len(windows), *windows[0].shape[:2]))
+        return scores
+
+    def predict_stream(
+        self, images: Iterable[ImageSource], batch: int = 1, ahead: int = 4, workers: int = 2
+    ) -> Iterator[Segmentation]:
+        """Segment images as they come, for example the frames of a video, in their order.
+
+        Args:
+            images: Asked for the next one only from the thread that takes the results.
+            batch: Images that are given to `predict_batch` together.
+            ahead: Batches that are read or predicted at most while results wait to be taken.
+            workers: Threads that predict.
+
+        Yields:
+            Results in the order of the images; an error is raised in its image's place.
+
+        Raises:
+            ImageError: An image cannot be used.
+            BackendError: The runtime failed.
+            UsageError: A number is below 1.
+        """
+        from wsss_deploy.streaming import predict_stream
+
+        return predict_stream(self.predict_batch, images, batch, ahead, workers)
+
+    def _check(self, scores: npt.NDArray[np.float32], shape: tuple[int, ...]) -> None:
+        count, height, width = shape
+        expected = (count, len(self._card.classes), height, width)
+        if scores.shape != expected:
+            raise ArtifactError(
+                f"{self._source}: gave scores of shape {scores.shape}, its card promises {expected}; export it again"
+            )
+        # The sum of both is finite only if all scores are, and needs no copy of them.
+        if not np.isfinite(scores.min() + scores.max()):
+            raise ArtifactError(
+                f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
+                "training diverged: train it again, with a lower learning rate if that repeats"
+            )
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
@@ -188,23 +300,13 @@ class Segmenter:
         scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
         refinement /= len(batch)
         inference = _milliseconds(start) / len(batch) - refinement
-        expected = (len(batch), len(self._card.classes), *batch[0].resized.shape[:2])
-        if scores.shape != expected:
-            raise ArtifactError(
-                f"{self._source}: gave scores of shape {scores.shape}, its card promises {expected}; export it again"
-            )
+        self._check(scores, (len(batch), *batch[0].resized.shape[:2]))
         return [self._result(item, part, inference, refinement) for item, part in zip(batch, scores, strict=True)]
 
     def _result(
         self, item: _Prepared, scores: npt.NDArray[np.float32], inference: float, refinement: float
     ) -> Segmentation:
         start = time.perf_counter()
-        # The sum of both is finite only if all scores are, and needs no copy of them.
-        if not np.isfinite(scores.min() + scores.max()):
-            raise ArtifactError(
-                f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
-                "training diverged: train it again, with a lower learning rate if that repeats"
-            )
         timing = {"pre": item.milliseconds, "inference": inference, "refinement": refinement, "post": 0.0}
         result = Segmentation(scores, item.image, self._card.classes, self._card.palette, timing)
         timing["post"] = _milliseconds(start)

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from wsss_deploy.artifact import read_card
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.cli.output_names import output_names, replaceable
 from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
@@ -22,6 +23,7 @@ from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images
 from wsss_deploy.segmentation import write_png
 from wsss_deploy.segmenter import Segmenter
+from wsss_deploy.tiling import Tiling
 
 RECORD = "predictions.json"
 
@@ -46,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--opacity", type=float, default=0.5, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)"
     )
     parser.add_refinement()
+    parser.add_argument(
+        "--tile", type=int, metavar="PX", help="cut larger images into windows of PX pixels instead of reducing them"
+    )
+    parser.add_argument("--overlap", type=int, default=64, metavar="PX", help="that windows share (default: 64)")
     parser.add_argument("--json", action="store_true", help=f"print the content of {RECORD} instead of a summary")
     run_command(parser, _predict, argv)
 
@@ -61,7 +67,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
     names = output_names(images)
     _check_targets(out, names)
-    segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine)
+    sizing = None
+    if arguments.tile is not None:
+        Tiling(arguments.tile, arguments.overlap)  # says what is wrong with them
+        sizing = read_card(arguments.model).sizing
+        sizing = sizing.model_copy(update={"tile": arguments.tile, "overlap": arguments.overlap})
+    segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine, sizing=sizing)
 
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
