@@ -1,190 +1,120 @@
-"""The page: one image in, overlay, legend, confidence and timing out."""
+"""The page: its tabs, and what moves between them."""
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo import markup
+from demo.folder import AnnotatedFolder
+from demo.registry import Models
 from demo.requirement import require_gradio
-from demo.segmenting import Limits, Shown, confidence_image, segment_upload, shown, uploaded_file
-from wsss_deploy.errors import WsssError
+from demo.runs import Runs
+from demo.segmenting import Limits
 
 if TYPE_CHECKING:
     import gradio as gr
-    from PIL import Image
 
-    from wsss_deploy.card import ModelCard
     from wsss_deploy.segmenter import Segmenter
 
-logger = logging.getLogger(__name__)
-
-_DEFAULT_OPACITY = 0.5
 #: Files that the page made are looked through this often and deleted at this age, in seconds.
 _CACHE_CHECK, _CACHE_AGE = 600, 3600
 
 
 def build_app(
-    segmenter: Segmenter, examples: Sequence[str | os.PathLike[str]] = (), limits: Limits | None = None
+    model: Segmenter | Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
+    examples: Sequence[str | os.PathLike[str]] = (),
+    limits: Limits | None = None,
+    data: str | os.PathLike[str] | None = None,
 ) -> gr.Blocks:
     """Build the page.
 
     Serve it with `demo.server.make_server`, or mount it into a FastAPI application with
-    `gradio.mount_gradio_app(app, page, path="/segment")`. Visitors share the model and nothing else: what
-    one of them has uploaded lives in the gradio session of that page view.
+    `gradio.mount_gradio_app(app, page, path="/segment")`. Visitors share the models, and with `data` the folder that
+    they annotate: what one of them has uploaded lives in the gradio session of that page view.
 
     Args:
-        segmenter: The model; used from several threads.
+        model: A model that is open, used from several threads; or one or several model files, opened when they are
+            chosen, the first at once.
         examples: Images that are offered to be clicked.
         limits: What the page accepts; None takes the defaults.
+        data: A folder with `images/` that everybody who reaches the page may annotate and train on; None leaves these
+            tabs out. `page.runs.close()` stops what trains.
 
     Returns:
         A `gradio.Blocks`, not started.
 
     Raises:
-        WsssError: Gradio is not installed.
+        WsssError: Gradio is not installed, a model cannot be opened, or the folder holds no images.
     """
     require_gradio()
     import gradio as gr
 
+    from demo.annotate_tab import annotate_tab
+    from demo.compare_tab import compare_tab
+    from demo.files import PageFiles
     from demo.guard import GuardedBlocks
+    from demo.segment_tab import listing, segment_tab
+    from demo.train_tab import train_tab
+    from demo.why_tab import why_tab
 
     limits = limits or Limits()
-    card = segmenter.card
-    offered = [os.fspath(example) for example in examples]
-    html = partial(gr.HTML, css_template=markup.STYLE, apply_default_css=False)
-    with GuardedBlocks(
-        title=f"{card.name}: segment an image", analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)
-    ) as page:
-        session = gr.State(None, time_to_live=_CACHE_AGE)
-        html(markup.header(card, segmenter.describe()), elem_id="header")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
-                upload = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id="upload")
-                if offered:
-                    gr.Examples([[path] for path in offered], [upload], label="Examples", elem_id="examples")
-            with gr.Column(scale=3, min_width=300):
-                message = html(markup.hint(), elem_id="message")
-                with gr.Column(visible=False, elem_id="results") as results:
-                    show = partial(gr.Image, interactive=False, show_label=False)
-                    with gr.Tabs():
-                        with gr.Tab("Overlay"):
-                            overlay = show(
-                                elem_id="overlay",
-                                buttons=["download", "fullscreen"],
-                                alt_text="The image, tinted by class",
-                            )
-                            opacity = gr.Slider(
-                                0, 1, value=_DEFAULT_OPACITY, step=0.05, label="Opacity", elem_id="opacity"
-                            )
-                        with gr.Tab("Confidence"):
-                            confidence = show(
-                                elem_id="confidence",
-                                buttons=["download", "fullscreen"],
-                                alt_text="Confidence of every pixel, dark is low",
-                            )
-                            html(markup.scale())
-                    legend = html(elem_id="legend", container=True, padding=True)
-                    download = gr.DownloadButton("Download mask (PNG)", elem_id="download")
-                    timing = html(elem_id="timing", container=True, padding=True)
-        with gr.Accordion("About this model", open=False, elem_id="card"):
-            html(markup.model_card(card))
-
-        handlers = _Handlers(segmenter, limits, Path(page.GRADIO_CACHE))
-        upload.change(
-            handlers.segment,
-            [upload, opacity],
-            [message, results, overlay, confidence, legend, download, timing, session],
-            preprocess=False,  # gradio would decode the file before any limit of ours and with its own errors
-            concurrency_limit=limits.concurrency,
-            api_visibility="private",
-        )
-        opacity.input(
-            handlers.blend,
-            [session, opacity],
-            overlay,
-            show_progress="hidden",
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
+    folder = None if data is None else AnnotatedFolder(Path(data))
+    runs = None if folder is None else Runs(folder.root)
+    models = _models(model, runs)
+    with GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)) as page:
+        files = PageFiles(Path(page.GRADIO_CACHE))
+        lists: list[Any] = []
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Segment", id="segment") as segment:
+                upload, choice = segment_tab(models, [os.fspath(example) for example in examples], limits, files)
+                lists.append((segment, [choice]))
+            with gr.Tab("Why", id="why") as why:
+                why_upload, choice = why_tab(models, limits, files)
+                lists.append((why, [choice]))
+            with gr.Tab("Compare", id="compare") as comparison:
+                compare_upload, first, second = compare_tab(models, limits, files)
+                lists.append((comparison, [first, second]))
+            if folder is not None and runs is not None:
+                with gr.Tab("Annotate", id="annotate-tab"):
+                    annotate_tab(folder, models)
+                with gr.Tab("Train", id="train-tab") as train:
+                    timer, show, run, shown = train_tab(folder, runs)
+        # The image that was brought to the first tab is there in the others, too; nothing goes over the network.
+        for tab, own in ((why, why_upload), (comparison, compare_upload)):
+            tab.select(None, [own, upload], own, js="(own, first) => own ?? first", api_visibility="private")
+        if runs is not None:
+            page.runs = runs
+            quiet: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
+            refresh = listing(models)
+            for tab, choices in lists:
+                for each in choices:
+                    tab.select(refresh, each, each, **quiet)
+            for each in [each for _, choices in lists for each in choices]:
+                page.load(refresh, each, each, **quiet)
+            train.select(lambda: gr.Timer(active=True), None, timer, **quiet).then(show, run, shown, **quiet)
+            for tab in (segment, why, comparison):
+                tab.select(lambda: gr.Timer(active=False), None, timer, **quiet)
     page.queue(max_size=limits.queue, default_concurrency_limit=4, api_open=False)
     page.state_session_capacity = limits.sessions
     return page
 
 
-class _Handlers:
-    """What the page's events call; keeps nothing between two calls.
+def _models(model: Any, runs: Runs | None) -> Models:
+    """What was given as models."""
+    folder = None if runs is None else runs.folder
+    if model is None:
+        return Models(runs=folder)
+    if isinstance(model, str | os.PathLike):
+        model = [model]
+    if not isinstance(model, Sequence):
+        return Models(given=model, runs=folder)
+    models = Models(files=[Path(path) for path in model], runs=folder)
+    models.open(models.default())
+    return models
 
-    Args:
-        segmenter: The model.
-        limits: What is accepted.
-        cache: Gradio's folder for uploads and for files that the browser fetches.
-    """
 
-    def __init__(self, segmenter: Segmenter, limits: Limits, cache: Path) -> None:
-        self._segmenter = segmenter
-        self._limits = limits
-        self._cache = cache
-
-    @property
-    def _card(self) -> ModelCard:
-        return self._segmenter.card
-
-    def segment(self, upload: object, opacity: float) -> tuple[Any, ...]:
-        """The values of all outputs for what the browser sent, or a message in their place."""
-        if upload is None:
-            return self._nothing(markup.hint())
-        try:
-            file = uploaded_file(upload, self._cache)
-            result = segment_upload(self._segmenter, file, self._limits)
-        except WsssError as error:
-            return self._nothing(markup.problem(str(error)))
-        except Exception as error:
-            logger.exception("an upload could not be segmented")
-            return self._nothing(
-                markup.problem(f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.")
-            )
-        import gradio as gr
-
-        kept = shown(result, file.stem)
-        return (
-            gr.HTML(visible=False),
-            gr.Column(visible=True),
-            self._overlay(kept, opacity),
-            self._jpeg(confidence_image(result), f"{kept.name}_confidence.jpg"),
-            markup.legend(result.legend()),
-            self._file(f"{kept.name}_mask.png", lambda target: result.mask_image().save(target)),
-            markup.timing(result.timing, self._segmenter.describe(), result.mask.shape),
-            kept,
-        )
-
-    def blend(self, kept: Shown | None, opacity: float) -> Any:
-        """The overlay with another opacity; the model does not run."""
-        import gradio as gr
-
-        return gr.skip() if kept is None else self._overlay(kept, opacity)
-
-    def _nothing(self, message: str) -> tuple[Any, ...]:
-        import gradio as gr
-
-        return gr.HTML(message, visible=True), gr.Column(visible=False), None, None, "", None, "", None
-
-    def _overlay(self, kept: Shown, opacity: float) -> str:
-        # The browser may send anything in place of the slider's number.
-        return self._jpeg(kept.overlay(self._card, min(max(float(opacity), 0.0), 1.0)), f"{kept.name}_overlay.jpg")
-
-    def _jpeg(self, image: Image.Image, name: str) -> str:
-        # Without subsampling: it would wash out the thin outlines.
-        return self._file(name, lambda target: image.save(target, quality=90, subsampling=0))
-
-    def _file(self, name: str, save: Callable[[Path], None]) -> str:
-        """Write a file under an address that cannot be guessed; gradio deletes it by age."""
-        folder = self._cache / secrets.token_hex(16)
-        folder.mkdir(parents=True)
-        save(folder / name)
-        return str(folder / name)
+def _title(models: Models) -> str:
+    key = models.default()
+    return "wsss-deploy" if key is None else f"{models.open(key).card.name}: segment an image"

@@ -17,12 +17,12 @@ from typing import NoReturn
 from PIL import Image
 
 from demo.app import build_app
-from demo.models import find_examples, find_model
+from demo.models import find_examples, find_model, models_beside
 from demo.requirement import require_gradio
 from demo.server import is_loopback, listen, make_server
+from wsss_deploy.backends import RUNTIMES
 from wsss_deploy.cli.common import ArgumentParser, run_command
-from wsss_deploy.errors import UsageError
-from wsss_deploy.segmenter import Segmenter
+from wsss_deploy.errors import UsageError, WsssError
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     parser = ArgumentParser(
         "wsss-demo",
-        "Segment images in the browser: overlay, legend, confidence, timing.",
+        "Segment images in the browser; with --data, annotate a folder of images and train on it, too.",
         "The page is reachable from this machine only, unless --host says otherwise, and asks nothing of the network.",
     )
     parser.add_argument(
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         nargs="?",
         type=Path,
         metavar="MODEL",
-        help="model.onnx or model.pt (default: the one in this folder or in quickstart/)",
+        help="model.onnx or model.pt (default: the one in this folder or in quickstart/); others beside it are offered",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="annotate the images in DIR/images and train on them, in the browser"
     )
     parser.add_argument("--port", type=_port, default=7860, metavar="N", help="0 takes a free one (default: 7860)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
@@ -51,23 +54,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _serve(arguments: argparse.Namespace) -> None:
     auth = _credentials(arguments.auth)
-    model = arguments.model or find_model(Path())
+    if arguments.data is not None and auth is None and not is_loopback(arguments.host):
+        raise UsageError(
+            f"--data with --host {arguments.host}: everyone who reaches this machine could change labels and start "
+            "training; add --auth USER:PASSWORD"
+        )
+    models = _models(arguments.model, arguments.data)
     with listen(arguments.host, arguments.port) as listener, tempfile.TemporaryDirectory(prefix="wsss-demo-") as cache:
         port = listener.getsockname()[1]
         # Uploads lie in a folder that only this user can read, and that goes when the command ends.
         os.environ["GRADIO_TEMP_DIR"] = cache
         require_gradio()
-        segmenter = Segmenter(model)
         # The page has its own, lower limit; Pillow's warning about merely large images helps nobody here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        server = make_server(build_app(segmenter, find_examples(model)), arguments.host, auth)
-        runtime = segmenter.describe()
+        page = build_app(models, find_examples(models[0]) if models else [], data=arguments.data)
+        server = make_server(page, arguments.host, auth)
         if not is_loopback(arguments.host):
             sys.stderr.write(_warning(arguments.host, auth is not None))
-        sys.stdout.write(
-            f"{model} in {runtime['backend']} {runtime['version']} on {runtime['device']}\n"
-            f"Open {_address(arguments.host, port)} (Ctrl-C stops)\n"
-        )
+        sys.stdout.write(f"{_what(models, arguments.data)}\nOpen {_address(arguments.host, port)} (Ctrl-C stops)\n")
         sys.stdout.flush()
         # Ended by `kill`, it tidies up as after Ctrl-C; for a server, both are the normal end.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -76,6 +80,31 @@ def _serve(arguments: argparse.Namespace) -> None:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             sys.stdout.write("stopped\n")
+        finally:
+            if arguments.data is not None:
+                page.runs.close()
+
+
+def _models(model: Path | None, data: Path | None) -> list[Path]:
+    """The model to open first, and those beside it; with a folder to annotate, none is needed."""
+    if model is None:
+        try:
+            model = find_model(Path())
+        except WsssError:
+            if data is None:
+                raise
+            return []
+    return [model, *models_beside(model)]
+
+
+def _what(models: Sequence[Path], data: Path | None) -> str:
+    parts = []
+    if models:
+        others = f" and {len(models) - 1} beside it" if len(models) > 1 else ""
+        parts.append(f"{models[0]}{others}, in {RUNTIMES[models[0].suffix.lower()]}")
+    if data is not None:
+        parts.append(f"annotating {data}")
+    return ", ".join(parts)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from demo.colormap import css_gradient
 from wsss_deploy.card import ModelCard, Protocol
 from wsss_deploy.segmentation import ClassShare
+
+if TYPE_CHECKING:
+    from demo.runs import RunStatus
 
 STAGES = {
     "pre": "Reading and resizing",
@@ -19,18 +22,23 @@ STAGES = {
 #: For gradio's own components: images in their own shape up to a height, room for an upload that is no image, and a
 #: chosen tab that can be read (its accent colour has too little contrast).
 _PAGE_STYLE = """
-:is(#upload, #overlay, #confidence) :is(.image-frame, .upload-container, .image-container > button) {
+:is(#upload, #overlay, #confidence, #why-upload, #compare-upload, #compare-left, #compare-right, #compare-difference)
+  :is(.image-frame, .upload-container, .image-container > button) {
   width: 100% !important; }
-:is(#upload, #overlay, #confidence) img { width: 100%; height: auto; min-height: 6rem; max-height: min(62vh, 560px);
+:is(#upload, #overlay, #confidence, #why-upload, #compare-upload, #compare-left, #compare-right, #compare-difference)
+  img { width: 100%; height: auto; min-height: 6rem; max-height: min(62vh, 560px);
   object-fit: contain; }
-:is(#upload, #overlay, #confidence).fullscreen img { height: 100vh; max-height: none; }
-#results [role=tab][aria-selected=true] { color: var(--body-text-color); }
+:is(#overlay, #confidence, #compare-left, #compare-right, #compare-difference).fullscreen img {
+  height: 100vh; max-height: none; }
+[role=tab][aria-selected=true] { color: var(--body-text-color); }
 """
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
 
-def header(card: ModelCard, runtime: Mapping[str, Any]) -> str:
-    """Title of the page and what it runs."""
+def header(card: ModelCard | None, runtime: Mapping[str, Any]) -> str:
+    """Title of the tab Segment and what runs; None where no model can be used."""
+    if card is None:
+        return f"<style>{_PAGE_STYLE}</style>{title('Segment an image', 'No model yet.')}"
     return (
         f"<style>{_PAGE_STYLE}</style><h1>Segment an image</h1>"
         f"<p>Model <strong>{escape(card.name)}</strong>, {len(card.classes)} classes, "
@@ -38,14 +46,24 @@ def header(card: ModelCard, runtime: Mapping[str, Any]) -> str:
     )
 
 
+def title(text: str, explanation: str) -> str:
+    """Title of a tab."""
+    return f"<h1>{escape(text)}</h1><p>{escape(explanation)}</p>"
+
+
+def note(text: str) -> str:
+    """A remark."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
 def hint() -> str:
     """What stands where the result will be."""
     return '<p class="note" role="status">Upload, paste or choose an image. The result appears here.</p>'
 
 
-def problem(message: str) -> str:
-    """A message about an image that could not be segmented."""
-    return f'<p class="note problem" role="alert"><strong>Not segmented.</strong> {escape(message)}</p>'
+def problem(message: str, lead: str = "Not segmented.") -> str:
+    """A message about something that could not be done."""
+    return f'<p class="note problem" role="alert"><strong>{escape(lead)}</strong> {escape(message)}</p>'
 
 
 def legend(entries: Sequence[ClassShare]) -> str:
@@ -85,7 +103,7 @@ def timing(milliseconds: Mapping[str, float], runtime: Mapping[str, Any], shape:
     return (
         f'<div class="columns"><table><thead><tr><th scope="col">Stage</th><th scope="col">ms</th></tr></thead>'
         f'<tbody>{rows}</tbody><tfoot><tr><th scope="row">Total</th><td>{total:.1f}</td></tr></tfoot></table>'
-        f"{_pairs(details)}</div>"
+        f"{pairs(details)}</div>"
     )
 
 
@@ -115,7 +133,7 @@ def model_card(card: ModelCard) -> str:
         **(_protocol(card.protocol) if card.protocol else {"Training": "not recorded in this model"}),
         "Made with": ", ".join(f"{name} {version}" for name, version in card.versions.items()),
     }
-    return f'<ul class="chips">{chips}</ul>{_pairs(details)}'
+    return f'<ul class="chips">{chips}</ul>{pairs(details)}'
 
 
 def _protocol(protocol: Protocol) -> dict[str, str]:
@@ -147,7 +165,83 @@ def _device(runtime: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _pairs(details: Mapping[str, object]) -> str:
+def comparison(
+    share: float,
+    classes: Sequence[tuple[str, float]],
+    models: Sequence[tuple[str, Mapping[str, float], Mapping[str, Any]]],
+) -> str:
+    """Agreement of two models and how long each took.
+
+    Args:
+        share: Pixels that agree, of all.
+        classes: Intersection over union of the two by class name.
+        models: Key, milliseconds by stage and what `Segmenter.describe` says of each.
+    """
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        f'<td class="bar"><span style="width:{100 * iou:.1f}%;background:#0d9488"></span></td><td>{iou:.3f}</td></tr>'
+        for name, iou in classes
+    )
+    stages = dict.fromkeys(stage for _, milliseconds, _ in models for stage in milliseconds)
+    times = "".join(
+        f'<tr><th scope="row">{escape(STAGES.get(stage, stage))}</th>'
+        + "".join(f"<td>{milliseconds.get(stage, 0.0):.1f}</td>" for _, milliseconds, _ in models)
+        + "</tr>"
+        for stage in stages
+    )
+    totals = "".join(f"<td>{sum(milliseconds.values()):.1f}</td>" for _, milliseconds, _ in models)
+    names = {
+        f"{place} model": f"{key}, {_runtime(runtime)}"
+        for place, (key, _, runtime) in zip(("First", "Second"), models, strict=True)
+    }
+    return (
+        f'<p class="figure"><strong>{100 * share:.2f} %</strong> of the pixels agree</p>'
+        f'<table><thead><tr><th scope="col">Class</th><td class="bar"></td><th scope="col">IoU of the two</th></tr>'
+        f"</thead><tbody>{rows}</tbody></table>"
+        f'<table><thead><tr><th scope="col">Stage, ms</th><th scope="col">First</th><th scope="col">Second</th></tr>'
+        f'</thead><tbody>{times}</tbody><tfoot><tr><th scope="row">Total</th>{totals}</tr></tfoot></table>'
+        f"{pairs(names)}"
+    )
+
+
+_STATES = {
+    "queued": "waits for the run before it",
+    "training": "is training",
+    "exporting": "is being exported",
+    "stopping": "stops after this step",
+    "stopped": "is stopped",
+    "failed": "has failed",
+    "done": "is done: its model is offered in the tab Segment",
+}
+
+
+def run_status(run: RunStatus) -> str:
+    """What a run is doing, how far it is, and what its commands said last."""
+    total = run.settings.iterations
+    role = ' class="note problem" role="alert"' if run.state == "failed" else ' class="note" role="status"'
+    details = {
+        "Learns from": run.settings.supervision,
+        "Network": run.settings.network,
+        "Last message": run.note,
+    }
+    return (
+        f"<p{role}><strong>{escape(run.name)}</strong> {_STATES[run.state]}.</p>"
+        f'<p class="steps"><progress max="{total}" value="{min(run.iteration, total)}" '
+        f'aria-label="Iterations"></progress> {run.iteration} of {total} iterations</p>{pairs(details)}'
+    )
+
+
+def run_list(states: Sequence[tuple[str, str]]) -> str:
+    """All runs with their states."""
+    if not states:
+        return note("No run yet.")
+    rows = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(state)}</td></tr>' for name, state in states)
+    head = '<thead><tr><th scope="col">Run</th><th scope="col">State</th></tr></thead>'
+    return f"<table>{head}<tbody>{rows}</tbody></table>"
+
+
+def pairs(details: Mapping[str, object]) -> str:
+    """Names and values, one below the other; empty values are left out."""
     shown: Iterable[tuple[str, str]] = ((name, str(value)) for name, value in details.items() if value)
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in shown)}</dl>"
 
@@ -199,6 +293,16 @@ dd { margin: 0; color: var(--body-text-color); overflow-wrap: anywhere; }
 .chips { display: flex; flex-wrap: wrap; align-items: center; gap: 0.4rem 1.1rem; margin: 0 0 0.75rem; padding: 0;
   list-style: none; font-size: 0.92rem; color: var(--body-text-color); }
 .chips li { margin: 0; }
+.figure strong { font-size: 1.4rem; }
+table + table { margin-top: 1rem; }
+.steps { display: flex; align-items: center; gap: 0.75rem; margin: 0.6rem 0; color: var(--body-text-color);
+  font-variant-numeric: tabular-nums; }
+progress { flex: 1; max-width: 20rem; accent-color: #0f766e; }
+.chart { margin: 0 0 0.5rem; color: var(--body-text-color); }
+.chart figcaption { font-size: 0.92rem; font-weight: 600; }
+.chart svg { display: block; width: 100%; height: auto; margin: 0.3rem 0; }
+.chart text { font-size: 12px; fill: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.chart .chips { margin: 0; }
 .scale { display: flex; align-items: center; gap: 0.6rem; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .colors { flex: 1; height: 0.7rem; border-radius: 4px; }
 @media (max-width: 600px) { .bar { display: none; } }

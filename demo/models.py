@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from wsss_deploy.artifact import read_card
+from wsss_deploy.backends import RUNTIMES
 from wsss_deploy.errors import WsssError
 from wsss_deploy.image_files import find_images
 
@@ -32,6 +34,24 @@ def find_model(folder: Path) -> Path:
         f"no model given, and found none of {', '.join(USUAL_MODELS)} in this folder; "
         "make one with 'wsss-quickstart --out quickstart' or pass the path of a model"
     )
+
+
+def models_beside(model: Path) -> list[Path]:
+    """Other models in a model's folder.
+
+    Args:
+        model: The model's file.
+    """
+    names = sorted({path for suffix in RUNTIMES for path in model.parent.glob(f"*{suffix}")})
+    return [path for path in names if path.name != model.name and _is_model(path)]
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        read_card(path)
+    except WsssError:
+        return False
+    return True
 
 
 def find_examples(model: Path, limit: int = 8) -> list[Path]:

@@ -48,15 +48,17 @@ class Shown:
         name: The upload's name without its suffix.
         image: uint8 (h, w, 3), at most `SHOWN_SIDE` pixels a side.
         mask: Class ids, uint8 (h, w).
+        card: Of the model that gave the mask.
     """
 
     name: str
     image: npt.NDArray[np.uint8]
     mask: npt.NDArray[np.uint8]
+    card: ModelCard
 
-    def overlay(self, card: ModelCard, opacity: float) -> Image.Image:
+    def overlay(self, opacity: float) -> Image.Image:
         """The image tinted by class, RGB (h, w)."""
-        return draw_overlay(self.image, self.mask, card.classes, card.palette, opacity)
+        return draw_overlay(self.image, self.mask, self.card.classes, self.card.palette, opacity)
 
 
 def uploaded_file(upload: object, folder: Path) -> Path:
@@ -116,12 +118,13 @@ def _check_pixels(file: io.BytesIO, name: str, limit: int) -> None:
         )
 
 
-def shown(result: Segmentation, name: str) -> Shown:
+def shown(result: Segmentation, name: str, card: ModelCard) -> Shown:
     """Reduce a result to what the session keeps.
 
     Args:
         result: The model's result.
         name: The upload's name without its suffix.
+        card: The model's.
     """
     size = _shown_size(result)
     image = Image.fromarray(result.image)
@@ -129,7 +132,7 @@ def shown(result: Segmentation, name: str) -> Shown:
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = mask.resize(size, Image.Resampling.NEAREST)
-    return Shown(name, np.asarray(image), np.asarray(mask))
+    return Shown(name, np.asarray(image), np.asarray(mask), card)
 
 
 def confidence_image(result: Segmentation) -> Image.Image:

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import socket
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from demo.requirement import require_gradio
 from demo.segmenting import Limits
@@ -14,6 +15,7 @@ from wsss_deploy.errors import UsageError, WsssError
 if TYPE_CHECKING:
     import gradio as gr
     import uvicorn
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def is_loopback(host: str) -> bool:
@@ -102,8 +104,32 @@ def make_server(
     if is_loopback(host):
         # A web page elsewhere could point its own name at 127.0.0.1 and so read what this page shows (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "::1", "[::1]", host])
+        # And it could send requests of its own here, without reading the answers: that would do to start a training.
+        app.add_middleware(_OwnPageOnly)
     # Open pages hold a connection for as long as they are open; stopping does not wait for them.
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+
+
+class _OwnPageOnly:
+    """Refuses what a web page from elsewhere sends: browsers name the sender's origin in every such request.
+
+    Args:
+        app: What answers the others.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = dict(scope["headers"])
+            origin = headers.get(b"origin")
+            if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+                from starlette.responses import PlainTextResponse
+
+                await PlainTextResponse("this request comes from another page", 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _theme() -> gr.themes.ThemeClass:

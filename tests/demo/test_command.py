@@ -95,7 +95,7 @@ def test_the_server_refuses_what_it_should(address, tmp_path):
     event = next(event for event in events if event["targets"][0][1] == "change")
     for path in (str(secret), "/etc/passwd", "http://192.0.2.1/image.png"):
         named = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        for data in ([named, 0.5], [None, named], [[{"deep": named}], 0.5]):
+        for data in ([named, 0.5, None], [None, named, None], [[{"deep": named}], 0.5, named]):
             body = json.dumps({"fn_index": event["id"], "session_hash": "by-hand", "data": data})
             fetch(f"{address}/gradio_api/queue/join", {"Content-Type": "application/json"}, body.encode())
             answer = fetch(f"{address}/gradio_api/queue/data?session_hash=by-hand")[1]

@@ -37,13 +37,13 @@ def test_limits_are_checked_before_decoding(color_segmenter, half_and_half):
 def test_large_images_are_shown_smaller_and_saved_whole(color_segmenter, stripes):
     path = stripes("large.png", 2 * SHOWN_SIDE, 30, (250, 0, 0), (0, 0, 250))
     result = segment_upload(color_segmenter, path, Limits())
-    kept = shown(result, "large")
+    kept = shown(result, "large", color_segmenter.card)
     assert result.mask.shape == (30, 2 * SHOWN_SIDE)
     assert kept.image.shape == (15, SHOWN_SIDE, 3)
     assert kept.mask.shape == (15, SHOWN_SIDE)
     assert set(np.unique(kept.mask)) == {0, 2}
     assert confidence_image(result).size == (SHOWN_SIDE, 15)
-    assert kept.overlay(color_segmenter.card, 0.0).size == (SHOWN_SIDE, 15)
+    assert kept.overlay(0.0).size == (SHOWN_SIDE, 15)
 
 
 def test_extreme_shapes(color_segmenter, tmp_path):
@@ -51,9 +51,9 @@ def test_extreme_shapes(color_segmenter, tmp_path):
         Image.new("RGB", size, (0, 250, 0)).save(tmp_path / "thin.png")
         result = segment_upload(color_segmenter, tmp_path / "thin.png", Limits())
         assert (result.mask == 1).all()
-        kept = shown(result, "thin")
+        kept = shown(result, "thin", color_segmenter.card)
         assert min(kept.mask.shape) == 1
-        assert kept.overlay(color_segmenter.card, 0.5).size == confidence_image(result).size
+        assert kept.overlay(0.5).size == confidence_image(result).size
 
 
 def test_colors_span_the_unit_interval():

@@ -1,0 +1,236 @@
+"""What the annotation page asks the server for; every answer is plain data, also where something is wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from demo.folder import KINDS, AnnotatedFolder, Conflict, as_mapping, decode_runs, encode_runs
+from demo.registry import Models
+from demo.segmenting import SHOWN_SIDE
+from wsss_deploy.card import IGNORE_INDEX, ModelCard
+from wsss_deploy.errors import WsssError
+from wsss_deploy.refinement import STRONG, Refiner
+from wsss_deploy.segmentation import Segmentation
+from wsss_deploy.upsampling import best_class
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a suggestion may take; images that were not looked at by then wait for the next one.
+_SUGGESTION_SECONDS = 2.0
+_PREDICTIONS_KEPT = 8
+#: Score of the class that a stroke names, before it spreads along the image.
+_STROKE_SCORE = 0.98
+
+
+class Annotating:
+    """Server side of the annotation page.
+
+    Args:
+        folder: What is annotated.
+        models: Where predictions come from.
+    """
+
+    def __init__(self, folder: AnnotatedFolder, models: Models) -> None:
+        self._folder = folder
+        self._models = models
+        self._predictions: OrderedDict[tuple[str, str], Segmentation] = OrderedDict()
+        self._uncertainty: dict[tuple[str, str], float] = {}
+        self._lock = threading.Lock()
+
+    def functions(self) -> list[Callable[[Any], dict[str, Any]]]:
+        """The functions that the page may call; each takes one object and returns one."""
+
+        def start(request: Any) -> dict[str, Any]:
+            return _answer(self._start, request)
+
+        def name_classes(request: Any) -> dict[str, Any]:
+            return _answer(self._name_classes, request)
+
+        def open_image(request: Any) -> dict[str, Any]:
+            return _answer(self._open, request)
+
+        def save_labels(request: Any) -> dict[str, Any]:
+            return _answer(self._save_labels, request)
+
+        def save_tags(request: Any) -> dict[str, Any]:
+            return _answer(self._save_tags, request)
+
+        def suggest(request: Any) -> dict[str, Any]:
+            return _answer(self._suggest, request)
+
+        def predict(request: Any) -> dict[str, Any]:
+            return _answer(self._predict, request)
+
+        return [start, name_classes, open_image, save_labels, save_tags, suggest, predict]
+
+    def _start(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        folder = self._folder
+        labelled = folder.labelled()
+        classes = [
+            {"name": name, "color": list(color)} for name, color in zip(folder.classes, folder.palette, strict=True)
+        ]
+        first = next((name for name in folder.names if name not in labelled), folder.names[0])
+        return {
+            "folder": folder.name,
+            "classes": classes,
+            "taggable": folder.taggable() if classes else [],
+            "names": list(folder.names),
+            "first": first,
+            **self._progress(),
+        }
+
+    def _name_classes(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        self._folder.name_classes(str(request.get("text", "")))
+        return self._start(request)
+
+    def _open(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        name = self._folder.path(request.get("name")).stem
+        image = self._folder.image(name)
+        size = image.shape[:2]
+        labels = {kind: self._folder.labels(name, kind, size) for kind in KINDS}
+        return {
+            "name": name,
+            "width": size[1],
+            "height": size[0],
+            "image": _address(_shrunk(Image.fromarray(image), Image.Resampling.BILINEAR), "JPEG"),
+            "labels": {kind: encode_runs(values) for kind, values in labels.items()},
+            "revisions": {kind: self._folder.revision(values) for kind, values in labels.items()},
+            "tags": self._folder.tags(name),
+            **self._progress(),
+        }
+
+    def _save_labels(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        name, kind = request.get("name"), request.get("kind")
+        labels = decode_runs(request.get("runs"), self._size(name))
+        revision = self._folder.save_labels(name, kind, labels, request.get("revision"))
+        return {"revision": revision, **self._progress()}
+
+    def _size(self, name: object) -> tuple[int, int]:
+        """Height and width of the upright image, from the header."""
+        with Image.open(self._folder.path(name)) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
+        return (width, height) if turned else (height, width)
+
+    def _save_tags(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"tags": self._folder.save_tags(request.get("name"), request.get("tags")), **self._progress()}
+
+    def _progress(self) -> dict[str, Any]:
+        progress = self._folder.progress()
+        return {"done": progress.done, "total": progress.total, "model": self._model()}
+
+    def _model(self) -> str | None:
+        return self._models.fitting(self._folder.classes)
+
+    def _suggest(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The image without labels that the model is least sure of; without a model, the next one."""
+        names = self._folder.names
+        current = request.get("name")
+        start = names.index(current) + 1 if current in names else 0
+        labelled = self._folder.labelled()
+        waiting = [name for name in (*names[start:], *names[:start]) if name not in labelled and name != current]
+        if not waiting:
+            return {"name": None, "reason": "Every image has labels."}
+        model = self._model()
+        if model is None:
+            return {"name": waiting[0], "reason": "The next image without labels."}
+        deadline = time.monotonic() + _SUGGESTION_SECONDS
+        for name in waiting:
+            if (model, name) not in self._uncertainty:
+                self._scores(model, name)
+                if time.monotonic() > deadline:
+                    break
+        known = {name: self._uncertainty[model, name] for name in waiting if (model, name) in self._uncertainty}
+        best = max(known, key=known.__getitem__)
+        reason = f"The model is least sure of it (mean confidence {1 - known[best]:.2f}, of {len(known)} looked at)."
+        return {"name": best, "reason": reason}
+
+    def _predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model sees, with the strokes so far spread along the image."""
+        name = self._folder.path(request.get("name")).stem
+        model = self._model()
+        if model is None:
+            return {"image": None, "reason": "No model of these classes yet."}
+        result = self._scores(model, name)
+        scores = _with_strokes(result, [self._folder.labels(name, kind, result.mask.shape) for kind in reversed(KINDS)])
+        mask = best_class(scores, *_shown_size(result.mask.shape))[0]
+        return {
+            "image": _address(_tint(mask, self._models.open(model).card), "PNG"),
+            "model": model,
+            "confidence": round(1 - self._uncertainty[model, name], 4),
+            "milliseconds": round(sum(result.timing.values()), 1),
+        }
+
+    def _scores(self, model: str, name: str) -> Segmentation:
+        key = (model, name)
+        with self._lock:  # one at a time: the processor is shared with whoever segments
+            if key not in self._predictions:
+                result = self._models.open(model).predict(self._folder.image(name))
+                self._predictions[key] = result
+                self._uncertainty[key] = float(1 - result.network_scores.max(axis=0).mean())
+                while len(self._predictions) > _PREDICTIONS_KEPT:
+                    self._predictions.popitem(last=False)
+            return self._predictions[key]
+
+
+def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: object) -> dict[str, Any]:
+    try:
+        return function(as_mapping(request))
+    except WsssError as error:
+        return {"error": str(error), "conflict": isinstance(error, Conflict)}
+    except Exception as error:
+        logger.exception("the annotation page asked for something that failed")
+        return {"error": f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.", "conflict": False}
+
+
+def _with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    """The scores (C, h, w) after the strokes, later ones on top, were put in and spread along the image."""
+    scores = result.network_scores.copy()
+    count, height, width = scores.shape
+    drawn = False
+    for labels in strokes:
+        rows, columns = np.nonzero(labels != IGNORE_INDEX)
+        if not len(rows):
+            continue
+        drawn = True
+        values = labels[rows, columns]
+        down, across = rows * height // labels.shape[0], columns * width // labels.shape[1]
+        scores[:, down, across] = (1 - _STROKE_SCORE) / (count - 1)
+        scores[values, down, across] = _STROKE_SCORE
+    if not drawn:
+        return scores
+    small = np.asarray(Image.fromarray(result.image).resize((width, height), Image.Resampling.BILINEAR))
+    return Refiner(STRONG, threads=1)(scores[None], small[None])[0]
+
+
+def _tint(mask: npt.NDArray[np.uint8], card: ModelCard) -> Image.Image:
+    colors = np.asarray(card.palette, np.uint8)
+    return Image.fromarray(np.dstack([colors[mask], np.full(mask.shape, 255, np.uint8)]))
+
+
+def _shown_size(shape: tuple[int, int]) -> tuple[int, int]:
+    scale = min(1.0, SHOWN_SIDE / max(shape))
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
+def _shrunk(image: Image.Image, how: Image.Resampling) -> Image.Image:
+    height, width = _shown_size((image.height, image.width))
+    return image if (width, height) == image.size else image.resize((width, height), how)
+
+
+def _address(image: Image.Image, form: str) -> str:
+    """The image itself as an address, so that no file of the folder is ever served."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, quality=90)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

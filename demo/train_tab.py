@@ -1,0 +1,130 @@
+"""The tab Train: start, watch, stop and resume runs; a finished one is exported and appears among the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from demo import markup
+from demo.charts import curves
+from demo.folder import AnnotatedFolder
+from demo.runs import ACTIVE, MAX_ITERATIONS, NETWORKS, SUPERVISIONS, Runs, RunStatus, Settings
+from demo.segment_tab import html
+from wsss_deploy.errors import WsssError
+
+_SECONDS = 2.0
+
+
+def train_tab(folder: AnnotatedFolder, runs: Runs) -> tuple[Any, Any, Any, Any]:
+    """Build the tab inside the current page.
+
+    Returns:
+        The timer, and the handler, inputs and outputs that bring the tab up to date.
+    """
+    handlers = _Handlers(folder, runs)
+    html(markup.title("Train and export", "From the labels of this folder to a model that the tab Segment offers."))
+    timer = gr.Timer(_SECONDS, active=False)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=300):
+            progress = html(elem_id="train-labels")
+            supervision = gr.Dropdown(
+                list(SUPERVISIONS), value="auto", label="Learn from", elem_id="train-supervision",
+                info="auto: the densest labels that each image has", filterable=False,
+            )  # fmt: skip
+            network = gr.Dropdown(
+                list(NETWORKS), value=next(iter(NETWORKS)), label="Network", elem_id="train-network", filterable=False
+            )
+            iterations = gr.Number(
+                500, label="Iterations", precision=0, minimum=1, maximum=MAX_ITERATIONS, elem_id="train-iterations"
+            )
+            start = gr.Button("Train", variant="primary", elem_id="train-start")
+            message = html(elem_id="train-message")
+        with gr.Column(scale=3, min_width=300):
+            names = runs.names()
+            chosen = gr.Dropdown(
+                names, value=next(iter(names), None), label="Run", elem_id="train-run", filterable=False,
+                visible=bool(names),
+            )  # fmt: skip
+            status = html(elem_id="train-status")
+            with gr.Row():
+                stop = gr.Button("Stop", elem_id="train-stop", interactive=False)
+                resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
+            chart = html(elem_id="train-chart", container=True, padding=True)
+            listed = html(elem_id="train-runs")
+    shown = [chosen, progress, status, chart, listed, stop, resume]
+    options: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
+    timer.tick(handlers.show, chosen, shown, trigger_mode="once", **options)
+    chosen.input(handlers.show, chosen, shown, **options)
+    start.click(handlers.start, [supervision, network, iterations], [message, *shown], **options)
+    stop.click(handlers.stop, chosen, [message, *shown], **options)
+    resume.click(handlers.resume, chosen, [message, *shown], **options)
+    return timer, handlers.show, chosen, shown
+
+
+class _Handlers:
+    def __init__(self, folder: AnnotatedFolder, runs: Runs) -> None:
+        self._folder = folder
+        self._runs = runs
+
+    def start(self, supervision: Any, network: Any, iterations: Any) -> tuple[Any, ...]:
+        """Queue a run with what the browser sent."""
+        try:
+            if not self._folder.labelled():
+                raise WsssError("no image has labels yet; draw some in the tab Annotate")
+            name = self._runs.start(Settings(supervision, network, iterations))
+        except WsssError as error:
+            return markup.problem(str(error), "Not started."), *self.show(None)
+        return "", *self.show(name)
+
+    def stop(self, name: object) -> tuple[Any, ...]:
+        """Stop a run."""
+        try:
+            self._runs.stop(name)
+        except WsssError as error:
+            return markup.problem(str(error), "Not stopped."), *self.show(name)
+        return "", *self.show(name)
+
+    def resume(self, name: object) -> tuple[Any, ...]:
+        """Queue a stopped run again."""
+        try:
+            self._runs.resume(name)
+        except WsssError as error:
+            return markup.problem(str(error), "Not resumed."), *self.show(name)
+        return "", *self.show(name)
+
+    def show(self, name: object) -> tuple[Any, ...]:
+        """The values of all outputs; a run that is not known means the newest one."""
+        states = self._runs.states()
+        names = [known for known, _ in states]
+        chosen = name if name in names else next(iter(names), None)
+        labels = self._labels()
+        run: RunStatus | None = None
+        problem = ""
+        try:
+            run = None if chosen is None else self._runs.status(chosen)
+        except WsssError as error:
+            problem = markup.problem(str(error), "")
+        return (
+            gr.Dropdown(choices=names, value=chosen, visible=bool(names)),
+            labels,
+            problem if run is None else markup.run_status(run),
+            "" if run is None else self._charts(run),
+            markup.run_list(states),
+            gr.Button(interactive=run is not None and run.state in ACTIVE - {"stopping"}),
+            gr.Button(interactive=run is not None and run.state in ("stopped", "failed")),
+        )
+
+    def _labels(self) -> str:
+        try:
+            progress = self._folder.progress()
+        except WsssError as error:
+            return markup.problem(str(error), "")
+        return markup.note(f"{progress.done} of {progress.total} images are annotated.")
+
+    @staticmethod
+    def _charts(run: RunStatus) -> str:
+        losses = {name.removeprefix("loss/"): points for name, points in run.curves.items() if name.startswith("loss/")}
+        quality = {name: points for name, points in run.curves.items() if "miou" in name.lower()}
+        drawn = curves(losses, run.settings.iterations, "Loss")
+        return drawn + (curves(quality, run.settings.iterations, "Validation") if quality else "")
