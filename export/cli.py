@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from export.formats import FORMATS, check, read_formats, table
 from wsss_deploy.artifact import read_card
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.image_files import find_images
+
+_EXAMPLES = """
+examples:
+  wsss-export runs/scribbles/model.pt
+  wsss-export model.pt --out deploy --precision int8 --images photos --data DATA
+  wsss-export model.pt --out deploy --format onnx,engine,triton --precision fp16 --refine in-graph"""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -24,18 +31,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = ArgumentParser(
         "wsss-export",
         "Export model.pt and check the result against torch; without agreement nothing is exported.",
-        "examples:\n  wsss-export runs/scribbles/model.pt\n  wsss-export model.pt --out deploy --images photos",
+        f"{table()}\n{_EXAMPLES}",
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model.pt that wsss-train wrote")
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument(
+        "--format", default="onnx", metavar="F[,F]", help=f"what to write: {', '.join(f.name for f in FORMATS)}"
+    )
+    parser.add_argument("--precision", default="fp32", metavar="P", help="fp32, fp16 or int8 (default: fp32)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: the model's)")
     parser.add_argument(
         "--opset", type=int, choices=range(18, 24), default=20, metavar="N", help="ONNX opset, 18 to 23 (default: 20)"
     )
     parser.add_argument(
         "--refine",
-        choices=("none", "in-graph"),
         default="none",
+        metavar="R",
         help="in-graph: the graph refines its scores in any ONNX runtime; none: wsss-deploy's own runtime does, as the "
         "card says, many times faster (default: none)",
     )
@@ -46,17 +56,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         help="pad images to N pixels a side and take no larger ones (default: any size; Swin encoders need one)",
     )
     parser.add_argument(
-        "--images", metavar="FOLDER", help="check on these images, too (the first 8); always checked on made-up ones"
+        "--images",
+        metavar="FOLDER",
+        help="check on these images, too (the first 8), and calibrate int8 on them (the first 32)",
     )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with masks (images/, masks/, splits/): the mIoU must not fall"
+    )
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
     run_command(parser, _export, argv)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    formats = read_formats(arguments.format)
+    check(formats, arguments.precision, arguments.refine, arguments.images is not None)
     images = find_images([arguments.images]) if arguments.images else []
     out: Path = arguments.out or arguments.model.parent
     # Here, not above: torch takes seconds to import, and `--help` and wrong arguments should not wait for it.
     from export.onnx_graph import export_onnx
-    from export.parity import REPORT
+    from export.parity import report_name
 
     path = export_onnx(
         arguments.model,
@@ -65,12 +83,14 @@ def _export(arguments: argparse.Namespace) -> None:
         images=images,
         refine=arguments.refine == "in-graph",
         size=arguments.size,
+        precision=arguments.precision,
+        data=None if arguments.data is None else (arguments.data, arguments.split),
     )
-    report = json.loads((path.parent / REPORT).read_text())
+    report = json.loads((path.parent / report_name(path.name)).read_text())
     differences = f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"
     rows = {
         "file": str(path),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB, opset {arguments.opset}",
+        "size": f"{path.stat().st_size / 1e6:.1f} MB, {arguments.precision}, opset {arguments.opset}",
         "probabilities": differences,
         "class ids": f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches",
         "final masks": f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images",
@@ -78,6 +98,8 @@ def _export(arguments: argparse.Namespace) -> None:
         "ran on": ", ".join(report["providers"]),
         "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
     }
+    if report["miou"] is not None:
+        rows["mIoU"] = f"{report['miou']['exported']:.4f}, torch {report['miou']['torch']:.4f}"
     for name, value in rows.items():
         print(f"{name:<15}{value}")
 

@@ -16,8 +16,10 @@ import timm
 import torch
 from torch.export import Dim
 
+from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
-from export.parity import REPORT, REPORT_FAILED, check_parity
+from export.parity import REPORT_FAILED, THRESHOLDS, check_parity, report_name
+from export.quantise import LADDER, quantise
 from wsss_deploy import __version__
 from wsss_deploy.artifact import CARD_KEY, load_model
 from wsss_deploy.card import ModelCard, Refinement
@@ -27,11 +29,17 @@ from wsss_deploy.networks import DeployedNetwork, RefinedNetwork, restore_networ
 from wsss_deploy.refinement import DEFAULT
 
 OPSETS = range(18, 24)
-MODEL = "model.onnx"
+#: Name of the file by precision.
+MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 #: Largest side, in pixels, of a graph of fixed size that nobody asked for.
 FIXED_SIZE = 512
 # A protobuf message, which an ONNX file is, holds less than 2 GiB; some of that is for the graph itself.
 _MOST_BYTES = 2**31 - 2**26
+_REMEDY = {
+    "fp32": "try another --opset",
+    "fp16": "use --precision fp32",
+    "int8": "calibrate on more images like those to be segmented, or use --precision fp16 or fp32",
+}
 _LOUD = ("torch", "onnx", "onnxscript", "onnx_ir")
 
 _log = logging.getLogger(__name__)
@@ -45,25 +53,30 @@ def export_onnx(
     images: Sequence[Path] = (),
     refine: bool = False,
     size: int | None = None,
+    precision: str = "fp32",
+    data: tuple[Path, str] | None = None,
 ) -> Path:
     """Export a `model.pt` and prove that the result agrees with torch.
 
     The file is written into a hidden folder inside `out` and takes its name only after it has passed; `parity.json`
-    beside it names its digest. When anything fails, an older `model.onnx` there stays as it was, together with its
-    own report; the report of the failure is `parity_failed.json`.
+    (`parity.fp16.json`, `parity.int8.json`) beside it names its digest. When anything fails, an older file there stays
+    as it was, together with its own report; the report of the failure is `parity_failed.json`. Of int8, the fastest
+    form that passes is taken.
 
     Args:
         model: The `model.pt`.
-        out: Folder for `model.onnx` and `parity.json`; made if absent.
+        out: Folder for the files; made if absent.
         opset: ONNX opset, one of `OPSETS`.
         images: Real images for the parity check; it always runs on procedural ones, too.
         refine: Put the card's refinement (or else the package's) into the graph, for runtimes other than ours. Without
             it `Segmenter` refines as the card says, with the compiled operator, many times faster.
         size: The graph pads images to this many pixels a side and takes no larger ones; None leaves the size open where
             the encoder allows it, and is the card's working size (at most `FIXED_SIZE`) where it does not.
+        precision: "fp32", "fp16" (`export.half`) or "int8" (`export.quantise`, calibrated on `images`).
+        data: Folder with masks and its split, on which the mIoU must not fall.
 
     Returns:
-        The path of `model.onnx`.
+        The path of the file, see `MODELS`.
 
     Raises:
         ArtifactError: The model file cannot be used.
@@ -73,31 +86,49 @@ def export_onnx(
     source, folder = Path(model), Path(out)
     card, state_dict = load_model(source)
     _log.info("Exporting %s (%s) at opset %d", source.name, card.architecture.encoder, opset)
+    name = MODELS[precision]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the slow part, so that a folder that cannot be written is told at once.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-            candidate = Path(scratch) / MODEL
-            onnx.save(build_graph(card, state_dict, opset, source.name, refine=refine, size=size), candidate)
-            _log.info("Checking it against torch")
-            report = check_parity(source, candidate, images)
+            candidate = Path(scratch) / name
+            proto = build_graph(card, state_dict, opset, source.name, refine=refine, size=size)
+            for form in _forms(proto, precision, images):
+                onnx.save(form, candidate)
+                _log.info("Checking it against torch")
+                report = check_parity(source, candidate, images, THRESHOLDS[precision], data)
+                if report.passed:
+                    break
             if not report.passed:
                 with atomic_write(folder / REPORT_FAILED) as file:
                     file.write(report.to_json().encode())
                 raise ParityError(
                     f"{source}: the exported graph gives other results than torch: {_some(report.problems)}; nothing "
-                    f"was exported, the figures are in {folder / REPORT_FAILED}; try another --opset"
+                    f"was exported, the figures are in {folder / REPORT_FAILED}; {_REMEDY[precision]}"
                 )
             # The report first: it names the digest of its model, so that a kill in between cannot deceive.
-            with atomic_write(folder / REPORT) as file:
+            with atomic_write(folder / report_name(name)) as file:
                 file.write(report.to_json().encode())
-            os.replace(candidate, folder / MODEL)
+            os.replace(candidate, folder / name)
             (folder / REPORT_FAILED).unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(
             f"{folder}: cannot be written ({error.strerror or error}); choose a writable --out with free space"
         ) from error
-    return folder / MODEL
+    return folder / name
+
+
+def _forms(proto: onnx.ModelProto, precision: str, images: Sequence[Path]) -> Iterator[onnx.ModelProto]:
+    """The graph in a precision; of int8, one form after the other, the fastest first."""
+    if precision == "fp32":
+        yield proto
+        return
+    card = ModelCard.from_plain({p.key: p.value for p in proto.metadata_props}[CARD_KEY], "the graph")
+    card = card.model_copy(update={"precision": precision})
+    for rung in range(1 if precision == "fp16" else len(LADDER)):
+        form = to_half(proto) if precision == "fp16" else quantise(proto, card, images, rung)
+        onnx.helper.set_model_props(form, {CARD_KEY: card.to_json()})
+        yield form
 
 
 def build_graph(

@@ -21,6 +21,7 @@ from PIL import Image
 from export.patterns import pattern_image
 from wsss_deploy import Segmenter, __version__
 from wsss_deploy.artifact import load_model, read_card
+from wsss_deploy.bench.accuracy import find_pairs, mean_iou
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ParityError
 from wsss_deploy.images import load_image
@@ -31,9 +32,10 @@ from wsss_deploy.sizing import network_size
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-REPORT = "parity.json"
 REPORT_FAILED = "parity_failed.json"
 MOST_IMAGES = 8
+MOST_LABELLED = 50
+PATTERN = "pattern"
 
 _Images = npt.NDArray[np.uint8]
 _Network = DeployedNetwork | RefinedNetwork
@@ -49,12 +51,25 @@ class Thresholds:
         tie: Where torch's two best classes are closer than this, either may win. Twice `score_max`: whatever
             differs beyond it cannot come from differences that `score_max` allows.
         final_agreement: Least share of equal pixels in the final masks.
+        miou_drop: Largest loss of mIoU on labelled images, of 1.
+        patterns: Whether the limits hold on made-up images, too, or on real ones only.
     """
 
     score_max: float = 1e-3
     score_mean: float = 1e-5
     tie: float = 2e-3
     final_agreement: float = 0.999
+    miou_drop: float = 0.001
+    patterns: bool = True
+
+
+#: Limits by precision. What a float16 or int8 network may differ by is what its users would not notice, not what
+#: rounding explains; int8 is calibrated on photographs and is not held to made-up patterns.
+THRESHOLDS = {
+    "fp32": Thresholds(),
+    "fp16": Thresholds(score_max=0.1, score_mean=2e-3, tie=0.2, final_agreement=0.99, miou_drop=0.003),
+    "int8": Thresholds(1.0, 0.03, 2.0, final_agreement=0.95, miou_drop=0.01, patterns=False),
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ class ParityReport:
         thresholds: The limits.
         cases: The graph's outputs.
         final: The final masks.
+        miou: mIoU of torch and of the graph on labelled images; None without any.
         providers: ONNX Runtime's providers that the session really had.
         model_sha256: Digest of the ONNX file.
         card: The ONNX file's card: digest of the tensors, opset.
@@ -114,6 +130,7 @@ class ParityReport:
     thresholds: Thresholds
     cases: tuple[Case, ...]
     final: tuple[Final, ...]
+    miou: tuple[float, float] | None
     providers: tuple[str, ...]
     model_sha256: str
     card: ModelCard
@@ -135,6 +152,8 @@ class ParityReport:
             "score_mean": max(case.score_mean for case in self.cases),
             "agreement": min(case.agreement for case in self.cases),
             "final_agreement": min(item.agreement for item in self.final),
+            "miou": None if self.miou is None else {"torch": self.miou[0], "exported": self.miou[1]},
+            "precision": self.card.precision,
             "thresholds": dataclasses.asdict(self.thresholds),
             "providers": self.providers,
             "versions": {
@@ -153,7 +172,11 @@ class ParityReport:
 
 
 def check_parity(
-    model: Path, candidate: Path, images: Sequence[Path] = (), thresholds: Thresholds = Thresholds()
+    model: Path,
+    candidate: Path,
+    images: Sequence[Path] = (),
+    thresholds: Thresholds = Thresholds(),
+    data: tuple[Path, str] | None = None,
 ) -> ParityReport:
     """Compare an ONNX file with the `model.pt` that it was made from, on the CPU.
 
@@ -166,6 +189,7 @@ def check_parity(
         candidate: The ONNX file.
         images: Image files; the first `MOST_IMAGES` are used.
         thresholds: The limits.
+        data: Folder with masks and its split, for the mIoU of both.
 
     Raises:
         ArtifactError: One of the files cannot be used.
@@ -182,24 +206,44 @@ def check_parity(
     session = _Session(candidate)
     real = [(path.name, load_image(path)) for path in images[:MOST_IMAGES]]
     cases = tuple(_compare(reference, session, name, batch, thresholds) for name, batch in _batches(card, real))
-    photos = [("pattern", pattern_image(height, width, 1)) for height, width in ((480, 640), (333, 217))]
-    final = tuple(_final(Segmenter.from_network(network, card), Segmenter(candidate, device="cpu"), [*real, *photos]))
-    problems = [problem for case in cases for problem in _case_problems(case, thresholds)]
+    photos = [(PATTERN, pattern_image(height, width, 1)) for height, width in ((480, 640), (333, 217))]
+    both = Segmenter.from_network(network, card), Segmenter(candidate, device="cpu")
+    final = tuple(_final(*both, [*real, *photos]))
+    miou = None if data is None else _mean_ious(both, data)
+    judged = [case for case in cases if thresholds.patterns or case.source != PATTERN]
+    problems = [problem for case in judged for problem in _case_problems(case, thresholds)]
     problems += [
         f"final mask of {item.source}: {item.agreement:.4%} of the pixels agree, not {thresholds.final_agreement:.1%}"
         for item in final
-        if item.agreement < thresholds.final_agreement
+        if item.agreement < thresholds.final_agreement and (thresholds.patterns or item.source != PATTERN)
     ]
+    if miou is not None and not miou[0] - miou[1] <= thresholds.miou_drop:
+        problems.append(f"mIoU falls from {miou[0]:.4f} to {miou[1]:.4f}, allowed is {thresholds.miou_drop:g}")
     return ParityReport(
         tuple(problems),
         thresholds,
         cases,
         final,
+        miou,
         session.providers,
         hashlib.sha256(candidate.read_bytes()).hexdigest(),
         card,
         time.perf_counter() - start,
     )
+
+
+def report_name(model: str) -> str:
+    """Name of the report beside a file: `parity.json` for `model.onnx`, `parity.fp16.json` for `model.fp16.onnx`.
+
+    Args:
+        model: Name of the file.
+    """
+    return f"parity{Path(model).stem.removeprefix('model')}.json"
+
+
+def _mean_ious(both: tuple[Segmenter, Segmenter], data: tuple[Path, str]) -> tuple[float, float]:
+    pairs = find_pairs(*data, most=MOST_LABELLED)
+    return mean_iou(both[0], pairs), mean_iou(both[1], pairs)
 
 
 class _Session:
@@ -238,7 +282,7 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
     for count, height, width in sizes:
         if max(height, width) > largest:
             continue
-        yield "pattern", np.stack([pattern_image(height, width, seed) for seed in range(count)])
+        yield PATTERN, np.stack([pattern_image(height, width, seed) for seed in range(count)])
     for name, image in real:
         height, width = network_size(image.shape[0], image.shape[1], card)
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)

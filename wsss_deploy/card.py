@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -168,6 +168,7 @@ class ModelCard(_Plain):
     sizing: Sizing = Sizing()
     refinement: Refinement | None = None
     protocol: Protocol | None = None
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
     versions: dict[str, str] = Field(default_factory=dict)
     digests: dict[str, str] = Field(default_factory=dict)
 

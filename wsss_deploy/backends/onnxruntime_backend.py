@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output
 from wsss_deploy.errors import ArtifactError, BackendError
 
@@ -42,6 +43,7 @@ class OnnxRuntimeBackend:
     def __init__(self, path: Path, device: str, threads: int | None = None) -> None:
         self._threads = threads
         self._reason = "asked for"
+        self._precision = read_card(path).precision
         if device != "cpu":
             reason = self._open_cuda(path, device)
             if reason is None:
@@ -115,6 +117,6 @@ class OnnxRuntimeBackend:
             "device": self.device,
             "device_reason": self._reason,
             "providers": self._session.get_providers(),
-            "precision": "as exported",
+            "precision": self._precision,
             "threads": self._threads or "default",
         }
