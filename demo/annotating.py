@@ -178,7 +178,7 @@ class Annotating:
             if key not in self._predictions:
                 result = self._models.open(model).predict(self._folder.image(name))
                 self._predictions[key] = result
-                self._uncertainty[key] = float(1 - result.network_scores.max(axis=0).mean())
+                self._uncertainty[key] = float(1 - result.confidence.mean())
                 while len(self._predictions) > _PREDICTIONS_KEPT:
                     self._predictions.popitem(last=False)
             return self._predictions[key]
@@ -196,6 +196,8 @@ def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: ob
 
 def _with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
     """The scores (C, h, w) after the strokes, later ones on top, were put in and spread along the image."""
+    if result.network_scores is None:
+        raise WsssError("this model cuts such large images into tiles; strokes cannot be spread along them")
     scores = result.network_scores.copy()
     count, height, width = scores.shape
     drawn = False

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from wsss_deploy.card import ModelCard, Refinement
+from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import PairwiseParameters
 from wsss_deploy.refinement import STRONG, Refiner
 from wsss_deploy.segmentation import Segmentation
@@ -105,7 +106,15 @@ class Unrefined:
 
     @classmethod
     def of(cls, result: Segmentation, card: ModelCard, name: str, side: int) -> Unrefined:
-        """Keep a result that was made without refinement; the image is kept at most `side` pixels long."""
+        """Keep a result that was made without refinement; the image is kept at most `side` pixels long.
+
+        Raises:
+            UsageError: It was tiled and has no scores.
+        """
+        if result.network_scores is None:
+            raise UsageError(
+                "this model cuts such an image into tiles and keeps no scores to explain; try a smaller one"
+            )
         image = Image.fromarray(result.image)
         height, width = result.network_scores.shape[1:]
         small = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -11,7 +12,7 @@ import gradio as gr
 from demo import markup
 from demo.files import PageFiles, explain
 from demo.registry import Models
-from demo.segmenting import Limits, Shown, confidence_image, segment_upload, shown, uploaded_file
+from demo.segmenting import Limits, Shown, coco_text, confidence_image, segment_upload, shown, uploaded_file
 from wsss_deploy.errors import WsssError
 
 if TYPE_CHECKING:
@@ -25,8 +26,14 @@ html = partial(gr.HTML, css_template=markup.STYLE, apply_default_css=False)
 
 
 def image_input(elem_id: str) -> gr.Image:
-    """Where an image comes in: a file, or the clipboard."""
-    return gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], elem_id=elem_id)
+    """Where an image comes in: a file, the camera, or the clipboard."""
+    return gr.Image(
+        type="filepath",
+        label="Image",
+        sources=["upload", "webcam", "clipboard"],
+        webcam_options=gr.WebcamOptions(mirror=False),
+        elem_id=elem_id,
+    )
 
 
 def model_choice(models: Models, elem_id: str, label: str = "Model") -> gr.Dropdown:
@@ -62,6 +69,10 @@ def segment_tab(models: Models, examples: Sequence[str], limits: Limits, files: 
                             alt_text="The image, tinted by class",
                         )
                         opacity = gr.Slider(0, 1, value=_DEFAULT_OPACITY, step=0.05, label="Opacity", elem_id="opacity")
+                    with gr.Tab("Labels"):
+                        regions = gr.AnnotatedImage(
+                            show_label=False, elem_id="regions", buttons=["fullscreen"], color_map={}
+                        )
                     with gr.Tab("Confidence"):
                         confidence = show(
                             elem_id="confidence",
@@ -70,12 +81,15 @@ def segment_tab(models: Models, examples: Sequence[str], limits: Limits, files: 
                         )
                         html(markup.scale())
                 legend = html(elem_id="legend", container=True, padding=True)
-                download = gr.DownloadButton("Download mask (PNG)", elem_id="download")
+                with gr.Row():
+                    download = gr.DownloadButton("Mask (PNG)", elem_id="download", min_width=120)
+                    coco = gr.DownloadButton("COCO (JSON)", elem_id="download-coco", min_width=120)
+                    picture = gr.DownloadButton("Overlay (JPEG)", elem_id="download-overlay", min_width=120)
                 timing = html(elem_id="timing", container=True, padding=True)
     with gr.Accordion("About this model", open=False, elem_id="card"):
         card = html(about)
 
-    outputs = [message, results, overlay, confidence, legend, download, timing, session]
+    outputs = [message, results, overlay, regions, confidence, legend, download, coco, picture, timing, session]
     run: Mapping[str, Any] = {
         "preprocess": False,  # gradio would decode the file before any limit of ours and with its own errors
         "concurrency_limit": limits.concurrency,
@@ -89,7 +103,7 @@ def segment_tab(models: Models, examples: Sequence[str], limits: Limits, files: 
     opacity.input(
         handlers.blend,
         [session, opacity],
-        overlay,
+        [overlay, picture],
         show_progress="hidden",
         trigger_mode="always_last",
         api_visibility="private",
@@ -140,24 +154,39 @@ class _Handlers:
         except Exception as error:
             return self._nothing(explain(error))
         kept = shown(result, file.stem, segmenter.card)
+        overlay = self._overlay(kept, opacity)
+        colors = {
+            name: "#" + "".join(f"{part:02x}" for part in color)
+            for name, color in zip(kept.card.classes, kept.card.palette, strict=True)
+        }
         return (
             gr.HTML(visible=False),
             gr.Column(visible=True),
-            self._overlay(kept, opacity),
+            overlay,
+            gr.AnnotatedImage(kept.regions(), color_map=colors),
             self._files.jpeg(confidence_image(result), f"{kept.name}_confidence.jpg"),
             markup.legend(result.legend()),
             self._files.write(f"{kept.name}_mask.png", lambda target: result.mask_image().save(target)),
+            self._files.write(f"{kept.name}_coco.json", partial(_write_text, coco_text(result, file.name))),
+            overlay,
             markup.timing(result.timing, segmenter.describe(), result.mask.shape),
             kept,
         )
 
     def blend(self, kept: Shown | None, opacity: float) -> Any:
         """The overlay with another opacity; the model does not run."""
-        return gr.skip() if kept is None else self._overlay(kept, opacity)
+        if kept is None:
+            return gr.skip(), gr.skip()
+        overlay = self._overlay(kept, opacity)
+        return overlay, overlay
 
     def _nothing(self, message: str) -> tuple[Any, ...]:
-        return gr.HTML(message, visible=True), gr.Column(visible=False), None, None, "", None, "", None
+        return gr.HTML(message, visible=True), gr.Column(visible=False), None, None, None, "", *(None,) * 3, "", None
 
     def _overlay(self, kept: Shown, opacity: float) -> str:
         # The browser may send anything in place of the slider's number.
         return self._files.jpeg(kept.overlay(min(max(float(opacity), 0.0), 1.0)), f"{kept.name}_overlay.jpg")
+
+
+def _write_text(text: str, target: Path) -> None:
+    target.write_text(text, encoding="utf-8")

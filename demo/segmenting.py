@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from wsss_deploy.segmenter import Segmenter
 
 #: Longer side, in pixels, of what is shown; the downloaded mask always has the image's own size.
 SHOWN_SIDE = 1600
+#: The same for the regions that answer to the pointer: there is one picture of each class.
+REGIONS_SIDE = 800
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class Shown:
     def overlay(self, opacity: float) -> Image.Image:
         """The image tinted by class, RGB (h, w)."""
         return draw_overlay(self.image, self.mask, self.card.classes, self.card.palette, opacity)
+
+    def regions(self) -> tuple[npt.NDArray[np.uint8], list[tuple[npt.NDArray[np.float64], str]]]:
+        """The image and, for every class that occurs, where it is (h, w) and its name; at most `REGIONS_SIDE` long."""
+        image, mask = Image.fromarray(self.image), Image.fromarray(self.mask)
+        scale = min(1.0, REGIONS_SIDE / max(image.size))
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        small = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
+        found = [((small == index).astype(np.float64), self.card.classes[index]) for index in np.unique(small)]
+        return np.asarray(image.resize(size, Image.Resampling.BILINEAR)), found
 
 
 def uploaded_file(upload: object, folder: Path) -> Path:
@@ -133,6 +145,22 @@ def shown(result: Segmentation, name: str, card: ModelCard) -> Shown:
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = mask.resize(size, Image.Resampling.NEAREST)
     return Shown(name, np.asarray(image), np.asarray(mask), card)
+
+
+def coco_text(result: Segmentation, name: str) -> str:
+    """The result as a COCO file of one image: a JSON object with `images`, `categories` and `annotations`.
+
+    Args:
+        result: The model's result.
+        name: `file_name` of the image.
+    """
+    height, width = result.mask.shape
+    content = {
+        "images": [{"id": 1, "file_name": name, "width": width, "height": height}],
+        "categories": [{"id": index, "name": each} for index, each in enumerate(result.classes)],
+        "annotations": result.to_coco(image_id=1),
+    }
+    return json.dumps(content, ensure_ascii=False)
 
 
 def confidence_image(result: Segmentation) -> Image.Image:

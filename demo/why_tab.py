@@ -1,4 +1,4 @@
-"""The tab Why: what the refinement along the image changes, before against after, with its parameters live."""
+"""The tab Why: what the refinement changes, with its parameters live, which pixels one listens to, and class scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import gradio as gr
 
 from demo import markup
 from demo.comparing import REACHES, Unrefined, changed_share, refinement_of
+from demo.explaining import listening, loudest_class, tinted
 from demo.files import PageFiles, explain
 from demo.registry import Models
 from demo.segment_tab import KEPT_SECONDS, html, image_input, model_choice
@@ -38,31 +39,58 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
             reach = gr.Radio(list(REACHES), value="middle", label="Reach", elem_id="why-reach")
         with gr.Column(scale=3, min_width=300):
             message = html(markup.hint(), elem_id="why-message")
-            with gr.Column(visible=False, elem_id="why-results") as results:
-                slider = gr.ImageSlider(
-                    label="Before | after", show_label=False, interactive=False, elem_id="why-slider", type="filepath",
-                    buttons=["fullscreen"],
-                )  # fmt: skip
-                told = html(elem_id="why-told")
-    outputs = [message, results, slider, told]
-    run = {
+            with gr.Column(visible=False, elem_id="why-results") as results, gr.Tabs():
+                with gr.Tab("Before and after"):
+                    slider = gr.ImageSlider(
+                        label="Before | after", show_label=False, interactive=False, elem_id="why-slider",
+                        type="filepath", buttons=["fullscreen"],
+                    )  # fmt: skip
+                    told = html(elem_id="why-told")
+                with gr.Tab("Neighbours of a pixel"):
+                    html(
+                        markup.note("Choose a pixel, by a click or with the sliders: the light ones decide its class.")
+                    )
+                    heard = gr.Image(
+                        interactive=False, show_label=False, elem_id="why-pixel", buttons=["fullscreen"],
+                        alt_text="The pixels that the chosen one listens to",
+                    )  # fmt: skip
+                    with gr.Row():
+                        left = gr.Slider(0, 100, value=50, step=0.5, label="From the left, %", elem_id="why-x")
+                        top = gr.Slider(0, 100, value=50, step=0.5, label="From the top, %", elem_id="why-y")
+                    listens = html(elem_id="why-listens")
+                with gr.Tab("Class activation"):
+                    chosen = gr.Dropdown([], label="Class", elem_id="why-class", filterable=False)
+                    activation = gr.Image(
+                        interactive=False, show_label=False, elem_id="why-activation", buttons=["fullscreen"],
+                        alt_text="Where the network sees the class",
+                    )  # fmt: skip
+                    html(markup.scale())
+                    learned = html(elem_id="why-learned")
+    pair = [message, results, slider, told]
+    pixel, activations = [heard, listens], [activation, learned]
+    model_events: dict[str, Any] = {
         "preprocess": False,
         "concurrency_limit": limits.concurrency,
         "concurrency_id": "model",
         "api_visibility": "private",
     }
     parameters = [steps, sharpness, reach]
+    live: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
     for event in (upload.change, model.input):
-        event(handlers.predict, [upload, model, *parameters], [session, *outputs], **run)
-    for control in parameters:
-        control.input(
-            handlers.refine,
-            [session, *parameters],
-            outputs,
-            show_progress="hidden",
-            trigger_mode="always_last",
-            api_visibility="private",
+        event(
+            handlers.predict,
+            [upload, model, *parameters, left, top],
+            [session, *pair, *pixel, chosen, *activations],
+            **model_events,
         )
+    for control in parameters:
+        control.input(handlers.refine, [session, *parameters, left, top], [*pair, *pixel], **live)
+    for place in (left, top):
+        place.input(handlers.listen, [session, *parameters, left, top], pixel, **live)
+    heard.select(handlers.point, session, [left, top], **live).then(
+        handlers.listen, [session, *parameters, left, top], pixel, **live
+    )
+    chosen.input(handlers.activation, [session, chosen], activations, preprocess=False, **live)
     return upload, model
 
 
@@ -72,23 +100,24 @@ class _Handlers:
         self._limits = limits
         self._files = files
 
-    def predict(self, upload: object, key: object, steps: Any, sharpness: Any, reach: Any) -> tuple[Any, ...]:
-        """Run the network without refinement, keep its scores, and show both."""
-        if upload is None:
-            return None, *self._nothing(markup.hint())
+    def predict(self, upload: object, key: object, *controls: Any) -> tuple[Any, ...]:
+        """Run the network without refinement, keep its scores, and show everything that follows from them."""
         try:
+            if upload is None:
+                return self._nothing(markup.hint())
             file = uploaded_file(upload, self._files.cache)
             segmenter = self._models.open(key, refine=False)
             kept = Unrefined.of(segment_upload(segmenter, file, self._limits), segmenter.card, file.stem, SHOWN_SIDE)
-            return kept, *self._show(kept, steps, sharpness, reach)
+            name = kept.card.classes[loudest_class(kept.scores, kept.card.classes)]
+            choice = gr.Dropdown(choices=list(kept.card.classes), value=name)
+            return kept, *self.refine(kept, *controls), choice, *self.activation(kept, name)
         except Exception as error:
-            return None, *self._nothing(explain(error))
+            return self._nothing(explain(error))
 
-    def refine(self, kept: Unrefined | None, steps: Any, sharpness: Any, reach: Any) -> Any:
+    def refine(self, kept: Unrefined | None, steps: Any, sharpness: Any, reach: Any, *place: Any) -> tuple[Any, ...]:
         """Refine the kept scores with other parameters; the network does not run."""
-        return (gr.skip(),) * 4 if kept is None else self._show(kept, steps, sharpness, reach)
-
-    def _show(self, kept: Unrefined, steps: Any, sharpness: Any, reach: Any) -> tuple[Any, ...]:
+        if kept is None:
+            return (gr.skip(),) * 6
         settings = refinement_of(steps, sharpness, reach)
         before, after = kept.result(None), kept.result(settings)
         pair = tuple(
@@ -102,7 +131,52 @@ class _Handlers:
                 "Changed": f"{100 * changed_share(before, after):.2f} % of the pixels",
             }
         )
-        return gr.HTML(visible=False), gr.Column(visible=True), pair, told
+        shown = gr.HTML(visible=False), gr.Column(visible=True), pair, told
+        return *shown, *self.listen(kept, steps, sharpness, reach, *place)
+
+    def listen(
+        self, kept: Unrefined | None, steps: Any, sharpness: Any, reach: Any, left: Any, top: Any
+    ) -> tuple[Any, ...]:
+        """Draw which pixels the chosen one listens to."""
+        if kept is None:
+            return (gr.skip(),) * 2
+        x, y = (min(max(float(place) / 100, 0.0), 1.0) for place in (left, top))
+        found = listening(kept.image, kept.small, refinement_of(steps, sharpness, reach), x, y)
+        height, width = kept.small.shape[:2]
+        told = markup.pairs(
+            {
+                "Listens to": f"{found.pixels} of {height * width} pixels for 90 % of its value",
+                "On average": f"{found.distance:.1f} pixels away, at {width} × {height}, the network's size",
+            }
+        )
+        return self._files.jpeg(found.picture, f"{kept.name}_neighbours.jpg"), told
+
+    def point(self, kept: Unrefined | None, event: gr.SelectData) -> tuple[Any, Any]:
+        """The place of a click as values of the two sliders."""
+        if kept is None:
+            return gr.skip(), gr.skip()
+        height, width = kept.image.shape[:2]
+        x, y = event.index
+        return round(200 * x / width) / 2, round(200 * y / height) / 2
+
+    def activation(self, kept: Unrefined | None, name: object) -> tuple[Any, ...]:
+        """Draw the network's scores of a class."""
+        if kept is None or name not in kept.card.classes:
+            return (gr.skip(),) * 2
+        scores = kept.scores[kept.card.classes.index(str(name))]
+        picture = self._files.jpeg(tinted(kept.image, scores), f"{kept.name}_activation.jpg")
+        return picture, markup.note(f"Highest score {float(scores.max()):.2f}. {_origin(kept)}")
 
     def _nothing(self, message: str) -> tuple[Any, ...]:
-        return gr.HTML(message, visible=True), gr.Column(visible=False), None, ""
+        closed = None, gr.HTML(message, visible=True), gr.Column(visible=False), None, ""
+        return *closed, None, "", gr.Dropdown(choices=[], value=None), None, ""
+
+
+def _origin(kept: Unrefined) -> str:
+    protocol = kept.card.protocol
+    if protocol is not None and "tags" in protocol.supervision:
+        return (
+            "This model learned from image tags only: the network's class activation maps were its teacher, and this "
+            "is what it made of them, before refinement."
+        )
+    return "The network's score of the class before refinement."
