@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--data", type=Path, metavar="DIR", help="folder with masks (images/, masks/, splits/): the mIoU must not fall"
     )
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    triton = parser.add_argument_group("triton")
+    triton.add_argument("--name", help="name of the model on the server (default: the card's)")
+    triton.add_argument("--max-batch", type=int, default=8, metavar="N", help="images put together (default: 8)")
+    triton.add_argument("--instances", type=int, default=1, metavar="N", help="copies on each device (default: 1)")
     run_command(parser, _export, argv)
 
 
@@ -98,6 +103,14 @@ def _export(arguments: argparse.Namespace) -> None:
         "ran on": ", ".join(report["providers"]),
         "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
     }
+    if any(item.name == "triton" for item in formats):
+        from export.triton import write_repository
+
+        name = arguments.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", read_card(path).name).strip("._-") or "wsss"
+        folder = write_repository(
+            path, out / "triton", name, max_batch=arguments.max_batch, instances=arguments.instances
+        )
+        rows["triton"] = f"{folder}; tritonserver --model-repository {shlex.quote(str(folder.parent))}"
     if report["miou"] is not None:
         rows["mIoU"] = f"{report['miou']['exported']:.4f}, torch {report['miou']['torch']:.4f}"
     for name, value in rows.items():

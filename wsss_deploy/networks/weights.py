@@ -6,14 +6,18 @@ import inspect
 import logging
 import os
 import pickle
+import socket
 import sys
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from zipfile import BadZipFile
 
 import timm
 import torch
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -79,7 +83,7 @@ def load_encoder_weights(encoder: Encoder, state: Mapping[str, Tensor], source: 
     unused = [name for name in state if name not in own]
     model.load_state_dict({name: state[name] for name in own})
     if unused:
-        _log.info("%s: tensors that the encoder does not use: %s", Path(source).name, _some(unused))
+        _log.info("%s: left out, as segmentation does not need them: %s", Path(source).name, _some(unused))
 
 
 def load_network_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -111,6 +115,9 @@ def load_network_weights(network: nn.Module, state: Mapping[str, Tensor], source
 def _download(encoder: Encoder) -> dict[str, Tensor]:
     if not timm.is_model_pretrained(encoder.name):
         raise TrainingError(f"timm has no pretrained weights for '{encoder.name}'; choose another encoder, {_NONE}")
+    # Without this the hub's client tries five times over a minute before it says that there is no network.
+    was_offline = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = was_offline or not _hub_has_address()
     try:
         model = timm.create_model(encoder.name, pretrained=True)
     except Exception as error:  # hub clients raise their own kinds for each way in which a network can fail
@@ -118,8 +125,22 @@ def _download(encoder: Encoder) -> dict[str, Tensor]:
             f"the weights of '{encoder.name}' could not be downloaded ({type(error).__name__}: {_first_line(error)}); "
             f"check the network, give a local file with --weights PATH, {_NONE}"
         ) from error
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+def _hub_has_address() -> bool:
+    """Whether the hub's name resolves; behind a proxy that is the proxy's business, so it counts as known."""
+    if urllib.request.getproxies():
+        return True
+    host = urlsplit(hub.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

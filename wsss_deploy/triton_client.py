@@ -1,0 +1,103 @@
+"""Segment images on a Triton server that serves a model of `wsss-export --format triton`.
+
+    from wsss_deploy.triton_client import TritonSegmenter
+
+    segmenter = TritonSegmenter("localhost:8001", "pets")
+    result = segmenter.predict("photo.jpg")
+
+The card comes from the server. Only bytes of the resized image go there; the mask comes back where the server saw the
+image at its own size, and the scores where it did not, since the mask is that of the enlarged scores.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wsss_deploy.card import ModelCard
+from wsss_deploy.errors import BackendError
+from wsss_deploy.images import ImageSource, load_image
+from wsss_deploy.segmentation import Segmentation
+from wsss_deploy.sizing import network_size
+
+
+class TritonSegmenter:
+    """A model on a Triton server, over gRPC; safe to use from many threads. Refines only where the served graph does.
+
+    Args:
+        url: Host and port of the server's gRPC endpoint.
+        model: Name of the model there.
+        timeout: Seconds that a request may take.
+
+    Raises:
+        BackendError: tritonclient is not installed, or the server does not answer or does not serve such a model.
+        ArtifactError: The served card cannot be used.
+    """
+
+    def __init__(self, url: str, model: str, timeout: float = 30.0) -> None:
+        try:
+            import tritonclient.grpc as triton
+        except ImportError as error:
+            raise BackendError(
+                f"a Triton client needs tritonclient ({error}); pip install 'wsss-deploy[triton]'"
+            ) from error
+        self._triton: Any = triton
+        self._where = f"model '{model}' on {url}"
+        self._model, self._timeout = model, timeout
+        self._client = triton.InferenceServerClient(url)
+        parameters = self._asked(lambda: self._client.get_model_config(model, client_timeout=timeout).config.parameters)
+        if "wsss_card" not in parameters:
+            raise BackendError(
+                f"{self._where}: has no parameter 'wsss_card'; write it with wsss-export --format triton"
+            )
+        self._card = ModelCard.from_plain(parameters["wsss_card"].string_value, self._where)
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model's card."""
+        return self._card
+
+    def predict(self, image: ImageSource) -> Segmentation:
+        """Segment one image.
+
+        Args:
+            image: Anything that `wsss_deploy.images.load_image` reads.
+
+        Returns:
+            The result. Where the server gave only the mask, it has no scores, and its confidence is 1.
+
+        Raises:
+            ImageError: The image cannot be used.
+            BackendError: The server failed.
+        """
+        start = time.perf_counter()
+        pixels = load_image(image)
+        height, width = network_size(pixels.shape[0], pixels.shape[1], self._card)
+        whole = (height, width) == pixels.shape[:2]
+        seen = pixels
+        if not whole:
+            seen = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        sent = time.perf_counter()
+        wanted = "mask" if whole else "scores"
+        asked = self._triton.InferInput("image", [1, height, width, 3], "UINT8")
+        asked.set_data_from_numpy(seen[None])
+        outputs = [self._triton.InferRequestedOutput(wanted)]
+        answer = self._asked(
+            lambda: self._client.infer(self._model, [asked], outputs=outputs, client_timeout=self._timeout)
+        )
+        found = answer.as_numpy(wanted)[0]
+        timing = {"pre": (sent - start) * 1e3, "inference": (time.perf_counter() - sent) * 1e3}
+        timing |= {"refinement": 0.0, "post": 0.0}
+        if whole:
+            return Segmentation.from_mask(found, np.ones(found.shape, np.float32), pixels, self._card, timing)
+        return Segmentation(found, pixels, self._card.classes, self._card.palette, timing)
+
+    def _asked(self, call: Any) -> Any:
+        try:
+            return call()
+        except self._triton.InferenceServerException as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(f"{self._where}: {reason}; check the server's address, log and model name") from error
