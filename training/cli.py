@@ -39,7 +39,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--weights", help="the encoder's start: timm (download), none, or the path of a file")
     parser.add_argument("--encoder", help="timm model name")
     parser.add_argument("--iterations", type=int, help="optimiser steps")
-    parser.add_argument("--size", type=int, help="training crop and inference long side, pixels")
+    parser.add_argument(
+        "--size", type=int, help="training crop, pixels; the model runs at 1.6 times that (inference_long_side)"
+    )
     parser.add_argument("--batch-size", type=int, help="images a step")
     parser.add_argument("--seed", type=int, help="seed of everything random")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train")
@@ -92,6 +94,11 @@ def _train(arguments: argparse.Namespace) -> int:
     trained = result.trained
     if trained.result is not None:
         print(trained.result.table())
+    if result.choice is not None and result.choice.refinement is not None:
+        print(
+            f"with {result.choice.refinement}, which the model carries and uses unless told otherwise: "
+            f"boundary mIoU {result.choice.best.mean_boundary_iou:.4f}, mIoU {result.choice.best.miou:.4f}"
+        )
     print(f"{result.model} ({trained.selection}, iteration {trained.iteration}, {trained.seconds:.0f} s of training)")
     print(f"next: wsss-export {result.model}   wsss-predict IMAGE --model {result.model} --out OUT")
     return 0

@@ -8,6 +8,7 @@ a file and the command line then override single values. The resolved recipe is 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -236,12 +237,18 @@ def _problem(item: Any) -> str:
     where = ".".join(path)
     if item["type"] == "missing":
         return f"{where}: missing"
+    if item["type"] == "union_tag_invalid":
+        known = re.findall(r"'(\w+)'", item["ctx"]["expected_tags"])
+        return f"{where}.name: no method '{item['ctx']['tag']}'; {_nearest(item['ctx']['tag'], known)}"
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (found {item['input']!r})"
     known = _known_keys(item["loc"][:-1])
-    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-    return f"{where}: unknown key; {hint}"
+    return f"{where}: unknown key; {_nearest(path[-1], known)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
 def _known_keys(path: Sequence[str | int]) -> list[str]:
@@ -278,6 +285,9 @@ def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
         if supervision == "points":
             # Half of all points are background. Labels from further sources add as much again as the Gated CRF loss.
             method |= {"class_weights": "counts", "absent": {}, "spread": {}, "teacher": {}}
+        else:
+            # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
+            method |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
     if supervision == "tags":
         method = {"name": "tags"}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.

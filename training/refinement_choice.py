@@ -45,12 +45,16 @@ class RefinementChoice:
     plain: EvaluationResult
     refined: tuple[EvaluationResult, ...]
 
+    @property
+    def best(self) -> EvaluationResult:
+        """Figures of the winner."""
+        return self.plain if self.refinement is None else self.refined[CANDIDATES.index(self.refinement)]
+
     def metrics(self) -> dict[str, float]:
         """Figures of the winner by their names in the card's protocol; empty where nothing is refined."""
         if self.refinement is None:
             return {}
-        result = self.refined[CANDIDATES.index(self.refinement)]
-        return {"val_refined_miou": result.miou, "val_refined_boundary_miou": result.mean_boundary_iou}
+        return {"val_refined_miou": self.best.miou, "val_refined_boundary_miou": self.best.mean_boundary_iou}
 
     def to_plain(self) -> dict[str, Any]:
         """Figures of all candidates, and the winner, as plain data."""

@@ -26,7 +26,7 @@ from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
-from training.trainer import Trained, Trainer
+from training.trainer import Trained, Trainer, device_and_precision
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import IGNORE_INDEX, Architecture, ModelCard, Protocol, Sizing
@@ -48,11 +48,13 @@ class RunResult:
 
     Attributes:
         model: Path of `model.pt`.
-        trained: Selection, evaluation and time.
+        trained: Selection, evaluation and time; the evaluation is that of the network without refinement.
+        choice: Figures with refinement; None without validation images.
     """
 
     model: Path
     trained: Trained
+    choice: RefinementChoice | None
 
 
 def resolve_recipe(source: DataSource, supervision: str | None, overrides: Sequence[Mapping[str, Any]]) -> Recipe:
@@ -130,7 +132,15 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         DataError, TrainingError: See `prepare_source` and `Trainer.run`.
     """
     _check_tags(recipe, source)
+    device_and_precision(recipe)  # before anything is downloaded
+    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
+    _check_size(recipe, preprocessing.stride)
     _claim(folder, resume)
+    if resume and not any((folder / place / CHECKPOINT).exists() for place in ("", STAGE)):
+        if not (folder / RECIPE).is_file():
+            raise TrainingError(f"{folder}: no checkpoint to resume from; leave --resume out to start, or check --out")
+        _log.info("%s: stopped before its first checkpoint; starting from the beginning", folder)
+        resume = False
     with atomic_write(folder / RECIPE) as file:
         file.write(dump_recipe(recipe).encode())
     labelled, simulated = prepare_source(source, recipe)
@@ -143,7 +153,6 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         decoder_width=model.decoder_width,
         encoder_options=model.encoder_options,
     )
-    preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     if isinstance(recipe.method, TagsSettings):
         labelled = add_pseudo_labels(recipe, labelled, folder, show)
         kinds = ("masks",)
@@ -187,7 +196,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     card = card.model_copy(update={"protocol": protocol, "refinement": refinement})
     save_model(folder / MODEL, card, trained.state)
     _write_record(folder / RECORD, recipe, source, card, trained, choice)
-    return RunResult(folder / MODEL, trained)
+    return RunResult(folder / MODEL, trained, choice)
 
 
 def _check_tags(recipe: Recipe, source: DataSource) -> None:
@@ -213,9 +222,25 @@ def _check_tags(recipe: Recipe, source: DataSource) -> None:
         )
 
 
+def _check_size(recipe: Recipe, stride: int) -> None:
+    """Crops must fit the encoder's grid.
+
+    Raises:
+        RecipeError: They do not; the nearest sizes that do are named.
+    """
+    size = recipe.augmentation.size
+    if size % stride:
+        below, above = size // stride * stride, (size // stride + 1) * stride
+        near = f"{below} or {above}" if below else f"{above}"
+        raise RecipeError(
+            [f"augmentation.size: {size} is no multiple of {stride}, which '{recipe.model.encoder}' needs; use {near}"]
+        )
+
+
 def _claim(folder: Path, resume: bool) -> None:
     if (folder / MODEL).exists():
-        raise TrainingError(f"{folder}: holds a finished run ({MODEL}); choose another --out")
+        what = "is finished already, there is nothing to resume" if resume else "holds a finished run"
+        raise TrainingError(f"{folder}: {what} ({MODEL}); for another run choose another --out")
     if any((folder / place / CHECKPOINT).exists() for place in ("", STAGE)) and not resume:
         raise TrainingError(f"{folder}: holds an unfinished run; go on with --resume, or choose another --out")
     try:

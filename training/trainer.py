@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -272,6 +272,19 @@ def make_fabric(recipe: Recipe) -> Fabric:
     """Fabric for the recipe's device and precision.
 
     Raises:
+        TrainingError: See `device_and_precision`.
+    """
+    device, precision = device_and_precision(recipe)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it tells the precision in its own words
+    return Fabric(accelerator=device, devices=1, precision=precision)
+
+
+def device_and_precision(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], Any]:
+    """The device that the recipe asks for, and Fabric's name of the precision.
+
+    Raises:
         TrainingError: CUDA was asked for and is not there, or a precision that the device does not have.
     """
     cuda = torch.cuda.is_available()
@@ -283,9 +296,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     native = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native)
     precision: Any = "bf16-mixed" if bf16 else "16-mixed" if recipe.precision == "fp16" else "32-true"
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return Fabric(accelerator="cuda" if on_gpu else "cpu", devices=1, precision=precision)
+    return ("cuda" if on_gpu else "cpu"), precision
 
 
 def _cpu_has_bf16() -> bool:

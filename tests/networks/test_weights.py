@@ -8,12 +8,15 @@ import pickle
 import pytest
 import timm
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import Architecture
 from wsss_deploy.errors import TrainingError
 from wsss_deploy.networks import build_network
+from wsss_deploy.networks.encoder import Encoder
+from wsss_deploy.networks.weights import read_weights
 
 TINY = Architecture(encoder="test_vit", decoder_width=16)
 
@@ -133,3 +136,27 @@ def test_models_without_published_weights():
     architecture = Architecture(encoder="vit_betwixt_patch16_gap_256", encoder_options={"depth": 4})
     with pytest.raises(TrainingError, match="timm has no pretrained weights for 'vit_betwixt_patch16_gap_256'"):
         build_network(architecture, 3, weights="timm")
+
+
+def test_without_a_network_the_hub_is_not_tried_again_and_again(monkeypatch):
+    offline = []
+
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    def create(*_, **__):
+        offline.append(hub.HF_HUB_OFFLINE)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    encoder = Encoder("vit_tiny_patch16_224")
+    monkeypatch.setattr("timm.create_model", create)
+    with pytest.raises(TrainingError, match="could not be downloaded"):
+        read_weights("timm", encoder)
+    assert offline == [True]
+    assert hub.HF_HUB_OFFLINE is False
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    with pytest.raises(TrainingError, match="could not be downloaded"):
+        read_weights("timm", encoder)
+    assert offline == [True, False], "behind a proxy names need not resolve here"

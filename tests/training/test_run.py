@@ -18,7 +18,7 @@ from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import load_model
-from wsss_deploy.errors import DataError, TrainingError
+from wsss_deploy.errors import DataError, RecipeError, TrainingError
 
 METHODS = [("masks", "supervised"), ("scribbles", "partial_ce"), ("scribbles", "gated_crf")]
 
@@ -134,13 +134,30 @@ def test_a_killed_run_resumes_from_its_checkpoint(squares, tmp_path, small):
     assert (out / "model.pt").is_file()
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(squares, tmp_path, small, caplog):
+    train(squares, tmp_path / "whole", small)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "recipe.yaml").write_text((tmp_path / "whole" / "recipe.yaml").read_text())
+    with caplog.at_level("INFO"):
+        train(squares, killed, small, resume=True)
+    assert "starting from the beginning" in caplog.text
+    assert equal(state_of(tmp_path / "whole"), state_of(killed))
+
+
+def test_sizes_off_the_encoders_grid_are_refused(squares, tmp_path, small):
+    with pytest.raises(RecipeError, match=r"augmentation\.size: 100 is no multiple of 16.*use 96 or 112"):
+        train(squares, tmp_path / "run", small | {"augmentation": {"size": 100}})
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_is_told_apart_from_other_things(squares, tmp_path, small):
     with pytest.raises(TrainingError, match="no checkpoint to resume"):
         train(squares, tmp_path / "new", small, resume=True)
     train(squares, tmp_path / "done", small)
     with pytest.raises(TrainingError, match="finished run"):
         train(squares, tmp_path / "done", small)
-    with pytest.raises(TrainingError, match="finished run"):
+    with pytest.raises(TrainingError, match="nothing to resume"):
         train(squares, tmp_path / "done", small, resume=True)
     (tmp_path / "done" / "model.pt").unlink()
     changed = small | {"optimisation": small["optimisation"] | {"learning_rate": 5e-4}}
