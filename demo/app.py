@@ -12,6 +12,7 @@ from demo.registry import Models
 from demo.requirement import require_gradio
 from demo.runs import Runs
 from demo.segmenting import Limits
+from demo.starter import Starter
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -27,6 +28,7 @@ def build_app(
     examples: Sequence[str | os.PathLike[str]] = (),
     limits: Limits | None = None,
     data: str | os.PathLike[str] | None = None,
+    starter: Starter | None = None,
 ) -> gr.Blocks:
     """Build the page.
 
@@ -41,6 +43,7 @@ def build_app(
         limits: What the page accepts; None takes the defaults.
         data: A folder with `images/` that everybody who reaches the page may annotate and train on; None leaves these
             tabs out. `page.runs.close()` stops what trains.
+        starter: What makes a model while the page is there already; started and closed by the caller.
 
     Returns:
         A `gradio.Blocks`, not started.
@@ -62,13 +65,14 @@ def build_app(
     limits = limits or Limits()
     folder = None if data is None else AnnotatedFolder(Path(data))
     runs = None if folder is None else Runs(folder.root)
-    models = _models(model, runs)
+    models = _models(model, runs, starter)
     with GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)) as page:
         files = PageFiles(Path(page.GRADIO_CACHE))
         lists: list[Any] = []
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Segment", id="segment") as segment:
-                upload, choice = segment_tab(models, [os.fspath(example) for example in examples], limits, files)
+                offered = [os.fspath(example) for example in examples]
+                upload, choice = segment_tab(page, models, offered, limits, files, starter)
                 lists.append((segment, [choice]))
             with gr.Tab("Why", id="why") as why:
                 why_upload, choice = why_tab(models, limits, files)
@@ -80,12 +84,11 @@ def build_app(
                 with gr.Tab("Annotate", id="annotate-tab"):
                     annotate_tab(folder, models)
                 with gr.Tab("Train", id="train-tab") as train:
-                    timer, show, run, shown = train_tab(folder, runs)
+                    timer, show, run, shown = train_tab(folder, runs, files)
         # The image that was brought to the first tab is there in the others, too; nothing goes over the network.
         for tab, own in ((why, why_upload), (comparison, compare_upload)):
             tab.select(None, [own, upload], own, js="(own, first) => own ?? first", api_visibility="private")
-        if runs is not None:
-            page.runs = runs
+        if runs is not None or starter is not None:
             quiet: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
             refresh = listing(models)
             for tab, choices in lists:
@@ -93,6 +96,8 @@ def build_app(
                     tab.select(refresh, each, each, **quiet)
             for each in [each for _, choices in lists for each in choices]:
                 page.load(refresh, each, each, **quiet)
+        if runs is not None:
+            page.runs = runs
             train.select(lambda: gr.Timer(active=True), None, timer, **quiet).then(show, run, shown, **quiet)
             for tab in (segment, why, comparison):
                 tab.select(lambda: gr.Timer(active=False), None, timer, **quiet)
@@ -101,11 +106,11 @@ def build_app(
     return page
 
 
-def _models(model: Any, runs: Runs | None) -> Models:
+def _models(model: Any, runs: Runs | None, starter: Starter | None) -> Models:
     """What was given as models."""
     folder = None if runs is None else runs.folder
     if model is None:
-        return Models(runs=folder)
+        return Models(runs=folder, later=None if starter is None else starter.model)
     if isinstance(model, str | os.PathLike):
         model = [model]
     if not isinstance(model, Sequence):

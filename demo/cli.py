@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from demo.app import build_app
 from demo.models import find_examples, find_model, models_beside
 from demo.requirement import require_gradio
 from demo.server import is_loopback, listen, make_server
+from demo.starter import Starter, cache_folder
 from wsss_deploy.backends import RUNTIMES
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.errors import UsageError, WsssError
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         nargs="?",
         type=Path,
         metavar="MODEL",
-        help="model.onnx or model.pt (default: the one in this folder or in quickstart/); others beside it are offered",
+        help="model.onnx or model.pt (default: the one in this folder or in quickstart/, else a small one is trained "
+        "on drawn scenes, once); others beside it are offered",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="annotate the images in DIR/images and train on them, in the browser"
@@ -59,49 +62,66 @@ def _serve(arguments: argparse.Namespace) -> None:
             f"--data with --host {arguments.host}: everyone who reaches this machine could change labels and start "
             "training; add --auth USER:PASSWORD"
         )
-    models = _models(arguments.model, arguments.data)
-    with listen(arguments.host, arguments.port) as listener, tempfile.TemporaryDirectory(prefix="wsss-demo-") as cache:
+    models = _models(arguments.model)
+    with (
+        listen(arguments.host, arguments.port) as listener,
+        tempfile.TemporaryDirectory(prefix="wsss-demo-") as cache,
+        ExitStack() as ending,
+    ):
         port = listener.getsockname()[1]
         # Uploads lie in a folder that only this user can read, and that goes when the command ends.
         os.environ["GRADIO_TEMP_DIR"] = cache
         require_gradio()
         # The page has its own, lower limit; Pillow's warning about merely large images helps nobody here.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        page = build_app(models, find_examples(models[0]) if models else [], data=arguments.data)
+        # Ended by `kill`, it tidies up as after Ctrl-C; for a server, both are the normal end.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        starter = None if models else _starter(arguments.data)
+        if starter is not None:
+            ending.callback(starter.close)
+        page = build_app(models, find_examples(models[0]) if models else [], data=arguments.data, starter=starter)
+        if arguments.data is not None:
+            ending.callback(page.runs.close)
         server = make_server(page, arguments.host, auth)
         if not is_loopback(arguments.host):
             sys.stderr.write(_warning(arguments.host, auth is not None))
-        sys.stdout.write(f"{_what(models, arguments.data)}\nOpen {_address(arguments.host, port)} (Ctrl-C stops)\n")
+        what = _what(models, arguments.data, starter)
+        sys.stdout.write(f"{what}\nOpen {_address(arguments.host, port)} (Ctrl-C stops)\n")
         sys.stdout.flush()
-        # Ended by `kill`, it tidies up as after Ctrl-C; for a server, both are the normal end.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         logging.getLogger("uvicorn.error").addFilter(_is_news)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             sys.stdout.write("stopped\n")
-        finally:
-            if arguments.data is not None:
-                page.runs.close()
 
 
-def _models(model: Path | None, data: Path | None) -> list[Path]:
-    """The model to open first, and those beside it; with a folder to annotate, none is needed."""
-    if model is None:
-        try:
-            model = find_model(Path())
-        except WsssError:
-            if data is None:
-                raise
-            return []
-    return [model, *models_beside(model)]
+def _models(model: Path | None) -> list[Path]:
+    """The model to open first, and those beside it; none if none is given and none is in the usual places."""
+    model = model or find_model(Path()) or find_model(cache_folder() / "starter")
+    return [] if model is None else [model, *models_beside(model)]
 
 
-def _what(models: Sequence[Path], data: Path | None) -> str:
+def _starter(data: Path | None) -> Starter | None:
+    """What makes a first model, where one is needed; with a folder to annotate, the page is of use without one."""
+    if data is not None and any((data / "runs").glob("run-*/model.*")):
+        return None
+    starter = Starter(cache_folder())
+    try:
+        starter.start()
+    except WsssError:
+        if data is None:
+            raise
+        return None
+    return starter
+
+
+def _what(models: Sequence[Path], data: Path | None, starter: Starter | None) -> str:
     parts = []
     if models:
         others = f" and {len(models) - 1} beside it" if len(models) > 1 else ""
         parts.append(f"{models[0]}{others}, in {RUNTIMES[models[0].suffix.lower()]}")
+    if starter is not None:
+        parts.append("training a small model on drawn scenes, some minutes, once")
     if data is not None:
         parts.append(f"annotating {data}")
     return ", ".join(parts)

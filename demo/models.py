@@ -18,22 +18,13 @@ EXAMPLE_FOLDERS = ("examples", "data/images", "images")
 _MAX_EXAMPLE_BYTES = 4 * 2**20
 
 
-def find_model(folder: Path) -> Path:
-    """The model that is opened when none is named.
+def find_model(folder: Path) -> Path | None:
+    """The model that is opened when none is named; None if there is none.
 
     Args:
         folder: Where to look.
-
-    Raises:
-        WsssError: There is none; the message names the command that makes one.
     """
-    for name in USUAL_MODELS:
-        if (folder / name).is_file():
-            return folder / name
-    raise WsssError(
-        f"no model given, and found none of {', '.join(USUAL_MODELS)} in this folder; "
-        "make one with 'wsss-quickstart --out quickstart' or pass the path of a model"
-    )
+    return next((folder / name for name in USUAL_MODELS if (folder / name).is_file()), None)
 
 
 def models_beside(model: Path) -> list[Path]:

@@ -172,7 +172,7 @@ class Runs:
         folder = self.folder / known
         curves = read_log(folder / "log.csv")
         iteration = max((point[0] for points in curves.values() for point in points), default=0)
-        return RunStatus(known, state, self._settings(known), iteration, curves, _last_line(folder / "console.txt"))
+        return RunStatus(known, state, self._settings(known), iteration, curves, last_line(folder / "console.txt"))
 
     def states(self) -> list[tuple[str, State]]:
         """All runs with their states, the newest first."""
@@ -322,7 +322,12 @@ def _command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def _last_line(path: Path) -> str:
+def last_line(path: Path) -> str:
+    """What a command said last; empty if it has said nothing.
+
+    Args:
+        path: Where its output goes.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))

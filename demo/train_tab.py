@@ -8,7 +8,9 @@ import gradio as gr
 
 from demo import markup
 from demo.charts import curves
+from demo.files import PageFiles
 from demo.folder import AnnotatedFolder
+from demo.preview import Previews
 from demo.runs import ACTIVE, MAX_ITERATIONS, NETWORKS, SUPERVISIONS, Runs, RunStatus, Settings
 from demo.segment_tab import html
 from wsss_deploy.errors import WsssError
@@ -16,13 +18,13 @@ from wsss_deploy.errors import WsssError
 _SECONDS = 2.0
 
 
-def train_tab(folder: AnnotatedFolder, runs: Runs) -> tuple[Any, Any, Any, Any]:
+def train_tab(folder: AnnotatedFolder, runs: Runs, files: PageFiles) -> tuple[Any, Any, Any, Any]:
     """Build the tab inside the current page.
 
     Returns:
         The timer, and the handler, inputs and outputs that bring the tab up to date.
     """
-    handlers = _Handlers(folder, runs)
+    handlers = _Handlers(folder, runs, files)
     html(markup.title("Train and export", "From the labels of this folder to a model that the tab Segment offers."))
     timer = gr.Timer(_SECONDS, active=False)
     with gr.Row(equal_height=False):
@@ -51,8 +53,12 @@ def train_tab(folder: AnnotatedFolder, runs: Runs) -> tuple[Any, Any, Any, Any]:
                 stop = gr.Button("Stop", elem_id="train-stop", interactive=False)
                 resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
             chart = html(elem_id="train-chart", container=True, padding=True)
+            preview = gr.Image(
+                interactive=False, label="Prediction so far", elem_id="train-preview", buttons=["fullscreen"],
+                visible=False,
+            )  # fmt: skip
             listed = html(elem_id="train-runs")
-    shown = [chosen, progress, status, chart, listed, stop, resume]
+    shown = [chosen, progress, status, chart, preview, listed, stop, resume]
     options: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     timer.tick(handlers.show, chosen, shown, trigger_mode="once", **options)
     chosen.input(handlers.show, chosen, shown, **options)
@@ -63,9 +69,11 @@ def train_tab(folder: AnnotatedFolder, runs: Runs) -> tuple[Any, Any, Any, Any]:
 
 
 class _Handlers:
-    def __init__(self, folder: AnnotatedFolder, runs: Runs) -> None:
+    def __init__(self, folder: AnnotatedFolder, runs: Runs, files: PageFiles) -> None:
         self._folder = folder
         self._runs = runs
+        self._files = files
+        self._previews = Previews()
 
     def start(self, supervision: Any, network: Any, iterations: Any) -> tuple[Any, ...]:
         """Queue a run with what the browser sent."""
@@ -110,6 +118,7 @@ class _Handlers:
             labels,
             problem if run is None else markup.run_status(run),
             "" if run is None else self._charts(run),
+            self._preview(run),
             markup.run_list(states),
             gr.Button(interactive=run is not None and run.state in ACTIVE - {"stopping"}),
             gr.Button(interactive=run is not None and run.state in ("stopped", "failed")),
@@ -121,6 +130,23 @@ class _Handlers:
         except WsssError as error:
             return markup.problem(str(error), "")
         return markup.note(f"{progress.done} of {progress.total} images are annotated.")
+
+    def _preview(self, run: RunStatus | None) -> Any:
+        """What the run's network makes of an image without labels, if there is one."""
+        hidden = gr.Image(None, visible=False)
+        if run is None or run.state not in ("training", "stopping", "stopped"):
+            return hidden
+        try:
+            labelled = self._folder.labelled()
+            name = next((name for name in self._folder.names if name not in labelled), self._folder.names[0])
+            image, classes = self._folder.path(name), self._folder.classes
+        except WsssError:
+            return hidden
+        preview = self._previews.show(self._runs.folder / run.name, image, classes)
+        if preview is None:
+            return hidden
+        picture = self._files.jpeg(preview.picture, f"{run.name}_{preview.iteration}.jpg")
+        return gr.Image(picture, visible=True, label=f"Prediction after {preview.iteration} iterations: {name}")
 
     @staticmethod
     def _charts(run: RunStatus) -> str:

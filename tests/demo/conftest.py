@@ -17,6 +17,12 @@ from PIL import Image
 HOSTILE = "<img src=x onerror=window.hacked=1>${6*7}{{value}}"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """No test trains a starter model into the user's cache."""
+    monkeypatch.setenv("WSSS_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def color_segmenter():
     """A model whose right answer is known: the class of a pixel is its strongest colour channel."""
@@ -84,8 +90,9 @@ def _serving(segmenter, **options) -> Iterator[str]:
     from demo.server import listen, make_server
 
     auth = options.pop("auth", None)
+    page = build_app(segmenter, **options)
     with listen("127.0.0.1", 0) as listener:
-        server = make_server(build_app(segmenter, **options), "127.0.0.1", auth, options.get("limits"))
+        server = make_server(page, "127.0.0.1", auth, options.get("limits"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -93,6 +100,8 @@ def _serving(segmenter, **options) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(timeout=20)
+            if "data" in options:
+                page.runs.close()
 
 
 @pytest.fixture(
@@ -143,6 +152,9 @@ class Visitor:
     def _answered(self, response) -> None:
         if response.status >= 400:
             self.problems.append(f"status {response.status}: {response.url}")
+
+    def open_tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
 
     def upload(self, path: Path | dict) -> None:
         self.page.locator("#upload input[type=file]").set_input_files(path)
