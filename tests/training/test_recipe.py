@@ -42,7 +42,7 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_at_once():
 def test_an_unknown_method_names_the_known_ones():
     with pytest.raises(RecipeError, match="no method 'gated'; did you mean 'gated_crf'"):
         build_recipe({"method": {"name": "gated"}})
-    with pytest.raises(RecipeError, match="no method 'zzz'; known: .*partial_ce, .*tscd"):
+    with pytest.raises(RecipeError, match=r"no method 'zzz'; known: .*partial_ce, .*tscd"):
         build_recipe({"method": {"name": "zzz"}})
 
 
