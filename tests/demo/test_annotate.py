@@ -1,0 +1,194 @@
+"""Annotating in a real browser: what is drawn with the mouse or the keyboard is what lies on disk, pixel by pixel."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="needs gradio: pip install 'wsss-deploy[demo]'")
+pytestmark = pytest.mark.browser
+
+WIDTH, HEIGHT = 120, 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos") / "photos"
+    (root / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        image = rng.integers(90, 120, (HEIGHT, WIDTH, 3), np.uint8)
+        image[20:60, 30 + 10 * index : 70 + 10 * index] = (200, 60, 60)
+        Image.fromarray(image).save(root / "images" / f"photo{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def annotate_address(folder, color_segmenter, serve):
+    with serve(color_segmenter, data=folder) as url:
+        yield url
+
+
+class Annotator:
+    """A visitor in the tab Annotate."""
+
+    def __init__(self, visitor) -> None:
+        self.visitor, self.page = visitor, visitor.page
+        visitor.open_tab("Annotate")
+        self.page.locator("#annotate .annotator").wait_for()
+
+    def name_classes(self, *names: str) -> None:
+        self.page.locator("#class-names").fill("\n".join(names))
+        self.page.get_by_role("button", name="Use these classes").click()
+
+    def wait_for(self, name: str) -> None:
+        self.page.locator(f"#annotate .stage[data-image='{name}']").wait_for()
+
+    def saved(self) -> None:
+        self.page.locator("#annotate .saved").get_by_text("Saved").wait_for()
+
+    def choose(self, name: str) -> None:
+        self.page.locator("#annotate .classes").get_by_label(name).check()
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where on the screen the middle of a pixel of the image is."""
+        box = self.page.locator("#annotate .stage").bounding_box()
+        return box["x"] + (x + 0.5) * box["width"] / WIDTH, box["y"] + (y + 0.5) * box["height"] / HEIGHT
+
+    def stroke(self, *places: tuple[int, int]) -> None:
+        mouse = self.page.mouse
+        self.page.locator("#annotate .stage").scroll_into_view_if_needed()
+        mouse.move(*self.at(*places[0]))
+        mouse.down()
+        for place in places[1:]:
+            mouse.move(*self.at(*place))
+        mouse.up()
+        self.saved()
+
+
+def labels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        return np.asarray(image)
+
+
+def disc_line(y: int, left: int, right: int, radius: int) -> np.ndarray:
+    """A horizontal stroke: the pixels at most `radius` away from one of its middle line."""
+    rows, columns = np.indices((HEIGHT, WIDTH))
+    beyond = np.maximum(np.maximum(left - columns, columns - right), 0)
+    return beyond**2 + (rows - y) ** 2 <= radius**2
+
+
+def test_a_person_annotates(annotate_address, folder, visit):
+    annotator = Annotator(visit(annotate_address))
+    page = annotator.page
+    annotator.name_classes("background", "box")
+    annotator.wait_for("photo0")
+    assert (folder / "classes.txt").read_text() == "background\nbox\n"
+    assert page.locator("#annotate .count").inner_text() == "0 of 4 annotated"
+
+    annotator.stroke((40, 40), (60, 40))
+    expected = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    expected[disc_line(40, 40, 60, 3)] = 1
+    file = folder / "scribbles" / "photo0.png"
+    np.testing.assert_array_equal(labels(file), expected)
+    with Image.open(file) as image:
+        assert image.getpalette()[3:6] == [128, 0, 0]
+    page.get_by_text("1 of 4 annotated").wait_for()
+
+    annotator.choose("background")
+    annotator.stroke((10, 10), (100, 10))
+    expected[disc_line(10, 10, 100, 3)] = 0
+    np.testing.assert_array_equal(labels(file), expected)
+
+    page.locator("#annotate").get_by_label("Eraser").check()
+    annotator.stroke((50, 40), (50, 40))
+    erased = expected.copy()
+    erased[disc_line(40, 50, 50, 3)] = 255
+    np.testing.assert_array_equal(labels(file), erased)
+    page.keyboard.press("z")  # undo
+    page.wait_for_function("document.querySelector('#annotate [data-do=undo]').disabled === false")
+    annotator.saved()
+    wait_until(page, lambda: (labels(file) == expected).all())
+
+    page.locator("#annotate").get_by_label("Point").check()
+    annotator.choose("box")
+    page.mouse.click(*annotator.at(80, 70))
+    wait_until(page, (folder / "points" / "photo0.png").is_file)
+    points = labels(folder / "points" / "photo0.png")
+    assert points[70, 80] == 1
+    assert (points != 255).sum() == 1
+
+    page.locator("#annotate .tags").get_by_label("box").check()
+    wait_until(page, (folder / "tags.json").is_file)
+    assert json.loads((folder / "tags.json").read_text()) == {"photo0": [1]}
+
+    # A reload goes on where it was left, with everything that was drawn.
+    page.reload()
+    annotator = Annotator(annotator.visitor)
+    annotator.wait_for("photo0")
+    assert page.locator("#annotate .tags").get_by_label("box").is_checked()
+    annotator.choose("box")
+    annotator.stroke((40, 50), (60, 50))
+    expected[disc_line(50, 40, 60, 3)] = 1
+    np.testing.assert_array_equal(labels(file), expected)
+    page.get_by_role("button", name="Suggest next").click()
+    annotator.wait_for("photo1")
+    assert "without labels" in page.locator("#annotate .saved").inner_text()
+
+
+def wait_until(page, condition) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    assert condition()
+
+
+def test_keyboard_only(annotate_address, folder, visit):
+    annotator = Annotator(visit(annotate_address))
+    page = annotator.page
+    if page.locator("#class-names").is_visible():
+        annotator.name_classes("background", "box")
+    page.locator("#annotate .stage[data-image]").wait_for()
+    page.locator("#annotate .images").select_option("photo2")
+    annotator.wait_for("photo2")
+    page.locator("#annotate .stage").focus()
+    page.keyboard.press("0")
+    page.keyboard.press("[")
+    for key in ("ArrowLeft", "ArrowUp", "Enter"):
+        page.keyboard.press(key)
+    annotator.saved()
+    file = folder / "scribbles" / "photo2.png"
+    expected = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    expected[disc_line(HEIGHT // 2 - 2, WIDTH // 2 - 2, WIDTH // 2 - 2, 2)] = 0
+    np.testing.assert_array_equal(labels(file), expected)
+    page.keyboard.press(".")
+    annotator.wait_for("photo3")
+
+
+def test_two_people_at_one_image(annotate_address, folder, visit):
+    pair = [Annotator(visit(annotate_address)) for _ in range(2)]
+    for annotator in pair:
+        if annotator.page.locator("#class-names").is_visible():
+            annotator.name_classes("background", "box")
+        annotator.page.locator("#annotate .stage[data-image]").wait_for()
+        annotator.page.locator("#annotate .images").select_option("photo3")
+        annotator.wait_for("photo3")
+    first, second = pair
+    first.choose("box")
+    first.stroke((40, 40), (60, 40))
+    page = second.page
+    page.mouse.move(*second.at(20, 20))
+    page.mouse.down()
+    page.mouse.up()
+    page.locator("#annotate .message").get_by_text("changed elsewhere").wait_for()
+    kept = labels(folder / "scribbles" / "photo3.png")
+    assert (kept[disc_line(40, 40, 60, 3)] == 1).all()
+    assert kept[20, 20] == 255
+    second.choose("background")
+    second.stroke((20, 20), (20, 20))  # on top of the newer state
+    assert labels(folder / "scribbles" / "photo3.png")[20, 20] == 0
