@@ -24,6 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger(__name__)
 
+# Seconds after which a line is due although less than a tenth of the run is done.
+_SILENCE = 30.0
+
 
 class RunReport:
     """Collects the figures of a run; use as a context manager.
@@ -43,7 +46,7 @@ class RunReport:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
         self._sums: dict[str, float] = {}
         self._count, self._images = 0, 0
-        self._clock = time.perf_counter()
+        self._clock = self._told = time.perf_counter()
         console = Console(file=sys.stderr)
         self._lines = show and not console.is_terminal
         self._progress = Progress(
@@ -92,7 +95,9 @@ class RunReport:
         throughput = self._images / max(now - self._clock, 1e-9)
         figures = " ".join(f"{name} {value:.3f}" for name, value in means.items()) + f" | {throughput:.1f} images/s"
         self._progress.update(self._task, completed=done, figures=figures)
-        if self._lines and (done % max(self._every, self._total // 10) < self._every or done == self._total):
+        tenth = done % max(self._every, self._total // 10) < self._every or done == self._total
+        if self._lines and (tenth or now - self._told > _SILENCE):
+            self._told = now
             # Seconds per step over this window give the time that is left; good to a few percent.
             left = (self._total - done) * (now - self._clock) / self._count
             _log.info("%d/%d  %s  ETA %d s", done, self._total, figures, left)
