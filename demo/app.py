@@ -59,7 +59,7 @@ def build_app(
     from demo.files import PageFiles
     from demo.guard import GuardedBlocks
     from demo.segment_tab import listing, segment_tab
-    from demo.train_tab import train_tab
+    from demo.train_tab import TRAIN, only_while_watched, train_tab
     from demo.why_tab import why_tab
 
     limits = limits or Limits()
@@ -69,7 +69,7 @@ def build_app(
     with GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)) as page:
         files = PageFiles(Path(page.GRADIO_CACHE))
         lists: list[Any] = []
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Segment", id="segment") as segment:
                 offered = [os.fspath(example) for example in examples]
                 upload, choice = segment_tab(page, models, offered, limits, files, starter)
@@ -83,7 +83,7 @@ def build_app(
             if folder is not None and runs is not None:
                 with gr.Tab("Annotate", id="annotate-tab"):
                     annotate_tab(folder, models)
-                with gr.Tab("Train", id="train-tab") as train:
+                with gr.Tab(TRAIN, id="train-tab") as train:
                     timer, show, run, shown = train_tab(folder, runs, files)
         # The image that was brought to the first tab is there in the others, too; nothing goes over the network.
         for tab, own in ((why, why_upload), (comparison, compare_upload)):
@@ -98,9 +98,9 @@ def build_app(
                 page.load(refresh, each, each, **quiet)
         if runs is not None:
             page.runs = runs
-            train.select(lambda: gr.Timer(active=True), None, timer, **quiet).then(show, run, shown, **quiet)
-            for tab in (segment, why, comparison):
-                tab.select(lambda: gr.Timer(active=False), None, timer, **quiet)
+            # One handler for all tabs: its calls are answered in the order in which the tabs were opened.
+            tabs.select(only_while_watched, None, timer, **quiet)
+            train.select(show, run, shown, **quiet)
     page.queue(max_size=limits.queue, default_concurrency_limit=4, api_open=False)
     page.state_session_capacity = limits.sessions
     return page

@@ -15,7 +15,14 @@ from demo.runs import ACTIVE, MAX_ITERATIONS, NETWORKS, SUPERVISIONS, Runs, RunS
 from demo.segment_tab import html
 from wsss_deploy.errors import WsssError
 
+#: What the tab is called.
+TRAIN = "Train"
 _SECONDS = 2.0
+
+
+def only_while_watched(event: gr.SelectData) -> gr.Timer:
+    """The timer's state for the tab that was opened: progress is asked for while it is looked at."""
+    return gr.Timer(active=event.value == TRAIN)
 
 
 def train_tab(folder: AnnotatedFolder, runs: Runs, files: PageFiles) -> tuple[Any, Any, Any, Any]:

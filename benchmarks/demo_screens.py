@@ -1,0 +1,135 @@
+"""Pictures of the demo's tabs for the documents, in light, dark and narrow, and what axe-core says about each.
+
+    python benchmarks/demo_screens.py quickstart --out docs/images
+
+The folder is one of `wsss-quickstart`; its images are copied, and annotated with a few of its scribbles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+LOOKS = {
+    "light": {"viewport": {"width": 1280, "height": 800}},
+    "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
+    "narrow": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 1.5, "has_touch": True},
+}
+RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']}"
+MAX_SIDE, QUALITY = 1280, 72
+
+
+def prepare(quickstart: Path, folder: Path) -> Path:
+    data = folder / "scenes"
+    (data / "images").mkdir(parents=True)
+    (data / "scribbles").mkdir()
+    shutil.copy(quickstart / "data" / "classes.txt", data)
+    images = sorted((quickstart / "data" / "images").iterdir())[:12]
+    for index, path in enumerate(images):
+        shutil.copy(path, data / "images")
+        if index < 5:
+            shutil.copy(quickstart / "data" / "scribbles" / f"{path.stem}.png", data / "scribbles")
+    return data
+
+
+def open_tabs(page: Page, image: Path) -> dict[str, callable]:
+    def segment() -> None:
+        page.locator("#timing table").wait_for()
+        page.locator("#overlay img").wait_for()
+
+    def why() -> None:
+        page.get_by_role("tab", name="Why", exact=True).click()
+        page.locator("#why-told dl").wait_for()
+        page.get_by_role("tab", name="Neighbours of a pixel").click()
+        page.locator("#why-pixel img").wait_for()
+
+    def compare() -> None:
+        page.get_by_role("tab", name="Compare", exact=True).click()
+        page.locator("#compare-told table").first.wait_for()
+
+    def annotate() -> None:
+        page.get_by_role("tab", name="Annotate", exact=True).click()
+        page.locator("#annotate .images").select_option(index=1)
+        page.locator("#annotate .about").get_by_text("confidence").wait_for()
+
+    def train() -> None:
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.locator("#train-runs").get_by_text("run-001").wait_for()
+        page.locator("#train-chart svg").first.wait_for()
+
+    return {"segment": segment, "why": why, "compare": compare, "annotate": annotate, "train": train}
+
+
+def wait_for_run(page: Page) -> None:
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.locator("#train-iterations input").fill("60")
+    page.locator("#train-start").click()
+    page.locator("#train-status").get_by_text("run-001 is done").wait_for()
+
+
+def findings(page: Page, script: str) -> list[str]:
+    page.evaluate(script)
+    result = page.evaluate(f"axe.run(document, {RULES})")
+    return [
+        f"{each['impact']}: {each['id']} ({len(each['nodes'])}): {each['nodes'][0]['html'][:160]}"
+        for each in result["violations"]
+    ]
+
+
+def save(page: Page, target: Path) -> None:
+    page.wait_for_timeout(600)  # transitions
+    raw = target.with_suffix(".png")
+    page.screenshot(path=raw, full_page=True)
+    with Image.open(raw) as image:
+        image.thumbnail((MAX_SIDE, 4 * MAX_SIDE))
+        image.convert("RGB").save(target, quality=QUALITY, method=6)
+    raw.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("quickstart", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    import axe_playwright_python
+
+    from demo.app import build_app
+    from demo.models import find_examples
+    from demo.server import listen, make_server
+
+    script = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    models = [arguments.quickstart / name for name in ("model.onnx", "model.pt")]
+    with tempfile.TemporaryDirectory() as folder, listen("127.0.0.1", 0) as listener, sync_playwright() as playwright:
+        data = prepare(arguments.quickstart, Path(folder))
+        page_app = build_app(models, find_examples(models[0]), data=data)
+        server = make_server(page_app, "127.0.0.1")
+        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for look, options in LOOKS.items():
+            context = browser.new_context(**options)
+            context.set_default_timeout(240_000)
+            page = context.new_page()
+            page.goto(address)
+            if look == "light":
+                wait_for_run(page)
+                page.goto(address)
+            for name, open_tab in open_tabs(page, data).items():
+                open_tab()
+                save(page, arguments.out / f"demo_{name}_{look}.webp")
+                for finding in findings(page, script):
+                    print(f"{name} {look}: {finding}", flush=True)
+            context.close()
+        browser.close()
+        server.should_exit = True
+        page_app.runs.close()
+
+
+if __name__ == "__main__":
+    main()
