@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,9 @@ from export.formats import FORMATS, check, read_formats, table
 from wsss_deploy.artifact import read_card
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.engine_manifest import manifest_path
+from wsss_deploy.errors import ParityError
+from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images
 
 _EXAMPLES = """
@@ -65,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--data", type=Path, metavar="DIR", help="folder with masks (images/, masks/, splits/): the mIoU must not fall"
     )
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument(
+        "--shapes",
+        metavar="MIN/BEST/MAX",
+        help="of an engine, each BATCHxHEIGHTxWIDTH (default: 1x1x1, the card's working size, 8 of its largest)",
+    )
     triton = parser.add_argument_group("triton")
     triton.add_argument("--name", help="name of the model on the server (default: the card's)")
     triton.add_argument("--max-batch", type=int, default=8, metavar="N", help="images put together (default: 8)")
@@ -81,6 +91,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from export.onnx_graph import export_onnx
     from export.parity import report_name
 
+    if arguments.shapes is not None:
+        from export.tensorrt_engine import read_shapes
+
+        read_shapes(arguments.shapes)  # says what is wrong with it before anything slow begins
     path = export_onnx(
         arguments.model,
         out,
@@ -103,18 +117,53 @@ def _export(arguments: argparse.Namespace) -> None:
         "ran on": ", ".join(report["providers"]),
         "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
     }
+    served = path
+    if any(item.name == "engine" for item in formats):
+        served = _engine(arguments, path, images, rows)
     if any(item.name == "triton" for item in formats):
         from export.triton import write_repository
 
         name = arguments.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", read_card(path).name).strip("._-") or "wsss"
         folder = write_repository(
-            path, out / "triton", name, max_batch=arguments.max_batch, instances=arguments.instances
+            served, out / "triton", name, max_batch=arguments.max_batch, instances=arguments.instances
         )
         rows["triton"] = f"{folder}; tritonserver --model-repository {shlex.quote(str(folder.parent))}"
     if report["miou"] is not None:
         rows["mIoU"] = f"{report['miou']['exported']:.4f}, torch {report['miou']['torch']:.4f}"
     for name, value in rows.items():
         print(f"{name:<15}{value}")
+
+
+def _engine(arguments: argparse.Namespace, onnx_file: Path, images: list[Path], rows: dict[str, str]) -> Path:
+    """Build the engine in a hidden folder; it takes its name after it has passed against torch."""
+    from export.parity import REPORT_FAILED, THRESHOLDS, check_parity, report_name
+    from export.tensorrt_engine import build_engine, read_shapes
+
+    shapes = None if arguments.shapes is None else read_shapes(arguments.shapes)
+    target = onnx_file.with_suffix(".engine")
+    command = ["wsss-export", str(arguments.model), "--format", "engine", "--precision", arguments.precision]
+    command += ["--refine", arguments.refine]
+    command += [] if arguments.shapes is None else ["--shapes", arguments.shapes]
+    data = None if arguments.data is None else (arguments.data, arguments.split)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".engine-") as scratch:
+        candidate = Path(scratch) / target.name
+        manifest = build_engine(onnx_file, candidate, shapes, shlex.join(command))
+        # TensorFloat-32 may carry products of float32 on a GPU, so an engine is held to half precision's limits.
+        limits = THRESHOLDS["fp16"]
+        report = check_parity(arguments.model, candidate, images, limits, data)
+        if not report.passed:
+            with atomic_write(target.parent / REPORT_FAILED) as file:
+                file.write(report.to_json().encode())
+            raise ParityError(
+                f"{target.name}: the engine gives other results than torch: {'; '.join(report.problems[:2])}; it was "
+                f"not kept, the figures are in {target.parent / REPORT_FAILED}"
+            )
+        with atomic_write(target.parent / report_name(target.name)) as file:
+            file.write(report.to_json().encode())
+        os.replace(manifest_path(candidate), manifest_path(target))
+        os.replace(candidate, target)
+    rows["engine"] = f"{target}, TensorRT {manifest.tensorrt} on {manifest.gpu}, {manifest.range_text()}"
+    return target
 
 
 def _refinement(card: ModelCard) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,10 @@ from PIL import Image
 from export.patterns import pattern_image
 from wsss_deploy import Segmenter, __version__
 from wsss_deploy.artifact import load_model, read_card
+from wsss_deploy.backends.tensorrt import TensorRTBackend
 from wsss_deploy.bench.accuracy import find_pairs, mean_iou
 from wsss_deploy.card import ModelCard
+from wsss_deploy.engine_manifest import read_manifest
 from wsss_deploy.errors import ParityError
 from wsss_deploy.images import load_image
 from wsss_deploy.networks import DeployedNetwork, RefinedNetwork, restore_network
@@ -38,6 +40,7 @@ MOST_LABELLED = 50
 PATTERN = "pattern"
 
 _Images = npt.NDArray[np.uint8]
+_Item = TypeVar("_Item", "Case", "Final")
 _Network = DeployedNetwork | RefinedNetwork
 
 
@@ -141,6 +144,11 @@ class ParityReport:
         """Whether nothing exceeded a threshold."""
         return not self.problems
 
+    def _judged(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """What the limits hold for; everything where that is nothing."""
+        real = [item for item in items if item.source != PATTERN]
+        return items if self.thresholds.patterns or not real else real
+
     def to_json(self) -> str:
         """The content of `parity.json`."""
         content: dict[str, Any] = {
@@ -150,8 +158,8 @@ class ParityReport:
             "digests": self.card.digests,
             "score_max": max(case.score_max for case in self.cases),
             "score_mean": max(case.score_mean for case in self.cases),
-            "agreement": min(case.agreement for case in self.cases),
-            "final_agreement": min(item.agreement for item in self.final),
+            "agreement": min(case.agreement for case in self._judged(self.cases)),
+            "final_agreement": min(item.agreement for item in self._judged(self.final)),
             "miou": None if self.miou is None else {"torch": self.miou[0], "exported": self.miou[1]},
             "precision": self.card.precision,
             "thresholds": dataclasses.asdict(self.thresholds),
@@ -203,12 +211,23 @@ def check_parity(
     deployed = DeployedNetwork(network, card.preprocessing).eval()
     refined = card.refinement if card.refinement is not None and card.refinement.in_graph else None
     reference = deployed if refined is None else RefinedNetwork(deployed, refined).eval()
-    session = _Session(candidate)
+    session = _EngineSession(candidate) if candidate.suffix == ".engine" else _Session(candidate)
     real = [(path.name, load_image(path)) for path in images[:MOST_IMAGES]]
-    cases = tuple(_compare(reference, session, name, batch, thresholds) for name, batch in _batches(card, real))
+    cases = tuple(
+        _compare(reference, session, name, batch, thresholds)
+        for name, batch in _batches(card, real)
+        if session.accepts(batch.shape[:3])
+    )
     photos = [(PATTERN, pattern_image(height, width, 1)) for height, width in ((480, 640), (333, 217))]
-    both = Segmenter.from_network(network, card), Segmenter(candidate, device="cpu")
-    final = tuple(_final(*both, [*real, *photos]))
+    both = Segmenter.from_network(network, card), Segmenter(candidate, device=session.device)
+    seen = [
+        (name, image)
+        for name, image in (*real, *photos)
+        if session.accepts((1, *network_size(image.shape[0], image.shape[1], card)))
+    ]
+    final = tuple(_final(*both, seen))
+    if not cases or not final:
+        raise ParityError(f"{candidate.name}: takes none of the sizes that are compared; choose wider --shapes")
     miou = None if data is None else _mean_ious(both, data)
     judged = [case for case in cases if thresholds.patterns or case.source != PATTERN]
     problems = [problem for case in judged for problem in _case_problems(case, thresholds)]
@@ -233,12 +252,14 @@ def check_parity(
 
 
 def report_name(model: str) -> str:
-    """Name of the report beside a file: `parity.json` for `model.onnx`, `parity.fp16.json` for `model.fp16.onnx`.
+    """Name of the report beside a file: `parity.json` for `model.onnx`, `parity.fp16.engine.json` for an fp16 engine.
 
     Args:
         model: Name of the file.
     """
-    return f"parity{Path(model).stem.removeprefix('model')}.json"
+    path = Path(model)
+    kind = "" if path.suffix == ".onnx" else path.suffix
+    return f"parity{path.stem.removeprefix('model')}{kind}.json"
 
 
 def _mean_ious(both: tuple[Segmenter, Segmenter], data: tuple[Path, str]) -> tuple[float, float]:
@@ -247,7 +268,9 @@ def _mean_ious(both: tuple[Segmenter, Segmenter], data: tuple[Path, str]) -> tup
 
 
 class _Session:
-    """The graph in ONNX Runtime on the CPU; unlike the runtime's backend it gives the mask, too."""
+    """The graph in ONNX Runtime on the CPU; unlike the runtime's backend it gives scores and mask in one call."""
+
+    device = "cpu"
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -266,6 +289,28 @@ class _Session:
         except Exception as error:  # as above
             raise ParityError(f"ONNX Runtime fails on images of {batch.shape[:3]}: {_first_line(error)}") from error
         return scores, mask
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Any batch, height and width."""
+        return True
+
+
+class _EngineSession:
+    """An engine on the first GPU."""
+
+    device = "cuda:0"
+
+    def __init__(self, path: Path) -> None:
+        self._backend = TensorRTBackend(path, self.device)
+        self._manifest = read_manifest(path)
+        self.providers: tuple[str, ...] = (f"TensorRT {self._manifest.tensorrt} on {self._manifest.gpu}",)
+
+    def run(self, batch: _Images) -> tuple[npt.NDArray[np.float32], _Images]:
+        return self._backend.run(batch).scores, self._backend.masks(batch)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """What lies within the profile."""
+        return self._manifest.accepts(shape)
 
 
 def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[tuple[str, _Images]]:
@@ -289,7 +334,9 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
         yield name, np.array(resized)[None]
 
 
-def _compare(reference: _Network, session: _Session, source: str, batch: _Images, thresholds: Thresholds) -> Case:
+def _compare(
+    reference: _Network, session: _Session | _EngineSession, source: str, batch: _Images, thresholds: Thresholds
+) -> Case:
     with torch.inference_mode():
         expected_scores, expected_mask = (output.numpy() for output in reference(torch.from_numpy(batch)))
     scores, mask = session.run(batch)

@@ -1,8 +1,8 @@
 """Model files: written whole or not at all, checked before anything heavy is loaded.
 
 `model.pt` is `torch.save` of `{"format": "wsss-deploy", "card": plain data, "state_dict": tensors}`, read with
-`weights_only=True`. `model.onnx` carries the card's JSON in its metadata under `wsss_card`. Which of the two a file is
-meant to be is told by its name, and then checked by its content.
+`weights_only=True`. `model.onnx` carries the card's JSON in its metadata under `wsss_card`, `model.engine` in the
+manifest beside it. Which of them a file is meant to be is told by its name, and then checked by its content.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsss_deploy.card import ModelCard
+from wsss_deploy.engine_manifest import read_manifest
 from wsss_deploy.errors import ArtifactError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.onnx_metadata import read_onnx_metadata
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "wsss-deploy"
 CARD_KEY = "wsss_card"
-KNOWN_SUFFIXES = (".pt", ".onnx")
+KNOWN_SUFFIXES = (".pt", ".onnx", ".engine")
 
 
 def save_model(path: str | os.PathLike[str], card: ModelCard, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -50,12 +51,14 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     """Read a model file's card without torch, onnxruntime or the tensors.
 
     Args:
-        path: A `.pt` or `.onnx` file.
+        path: A `.pt`, `.onnx` or `.engine` file.
 
     Raises:
         ArtifactError: The file is absent, of another kind, damaged, or not ours; the message says which.
     """
     model = check_path(path)
+    if model.suffix.lower() == ".engine":
+        return read_manifest(model).card
     try:
         if model.suffix.lower() == ".onnx":
             metadata = read_onnx_metadata(model)
@@ -123,8 +126,8 @@ def check_path(path: str | os.PathLike[str]) -> Path:
         raise ArtifactError(f"{model}: no such model file; check the path")
     if model.suffix.lower() not in KNOWN_SUFFIXES:
         raise ArtifactError(
-            f"{model}: unknown kind of model file '{model.suffix}', known are {' and '.join(KNOWN_SUFFIXES)}; "
-            "wsss-train writes the first, wsss-export the second"
+            f"{model}: unknown kind of model file '{model.suffix}', known are {', '.join(KNOWN_SUFFIXES)}; "
+            "wsss-train writes the first, wsss-export the others"
         )
     if model.stat().st_size == 0:
         raise ArtifactError(f"{model}: is empty (0 bytes); copy, train or export it again")

@@ -179,6 +179,42 @@ class Segmenter:
                 results.update(zip(part, self._infer([prepared[index] for index in part]), strict=True))
         return [results[index] for index in range(len(prepared))]
 
+    def predict_masks(self, images: Sequence[ImageSource]) -> list[npt.NDArray[np.uint8]]:
+        """The masks of several images alone: what `predict_batch` gives, with less to copy.
+
+        Where the network sees an image at its own size and nothing is refined outside of the graph, only class ids
+        leave the runtime and its device. Other images go through `predict_batch`.
+
+        Args:
+            images: As in `predict_batch`.
+
+        Returns:
+            Masks, uint8 (H, W), in the order of the images.
+
+        Raises:
+            ImageError: One of the images cannot be used; it is named.
+            BackendError: The runtime failed.
+            ArtifactError: The model gives no usable scores.
+        """
+        pixels = [load_image(image) for image in images]
+        found: dict[int, npt.NDArray[np.uint8]] = {}
+        direct: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(pixels):
+            tile = self._card.sizing.tile
+            tiled = tile is not None and max(image.shape) > tile
+            kept = network_size(image.shape[0], image.shape[1], self._card) == image.shape[:2]
+            if kept and not tiled and self._refiner is None:
+                direct.setdefault(image.shape, []).append(index)
+        for (height, width, _), members in direct.items():
+            count = max(1, BATCH_PIXELS // (height * width))
+            for start in range(0, len(members), count):
+                part = members[start : start + count]
+                found.update(zip(part, self._backend.masks(np.stack([pixels[index] for index in part])), strict=True))
+        rest = [index for index in range(len(pixels)) if index not in found]
+        results = self.predict_batch([pixels[index] for index in rest])
+        found.update((index, result.mask) for index, result in zip(rest, results, strict=True))
+        return [found[index] for index in range(len(pixels))]
+
     def predict_tiled(self, image: ImageSource, tiling: Tiling | None = None) -> Segmentation:
         """Segment one image at its own size in overlapping windows, whose scores are blended.
 

@@ -120,12 +120,11 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Call with requests; NVIDIA's answers, and the folder with the PTX of each by its number."""
+def stubs(tmp_path_factory):
+    """Folder with libraries under which NVIDIA's bindings can be imported without a driver."""
     bindings, lean = (find_spec(name) for name in ("tensorrt_bindings", "tensorrt_lean_libs"))
     if bindings is None or lean is None:
         pytest.skip("needs the wheels tensorrt-cu13-bindings and tensorrt-lean-cu13-libs, 11.4")
-    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings with NVRTC")
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc for the stubs")
@@ -140,10 +139,52 @@ def ask(tmp_path_factory):
         if name == "nvinfer":
             command += ["-Wl,--no-as-needed", f"-L{libraries}", f"-l:{runtime.name}", f"-Wl,-rpath,{libraries}"]
         subprocess.run(command, check=True, cwd=folder)
+    return folder
+
+
+# What export/tensorrt_engine.py and wsss_deploy/backends/tensorrt.py call; the stand-ins of tests/tensorrt have the same.
+USED = {
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "IBuilderConfig": "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache progress_monitor",
+    "IOptimizationProfile": "set_shape",
+    "OnnxParser": "parse num_errors get_error",
+    "ITimingCache": "serialize",
+    "IProgressMonitor": "phase_start step_complete phase_finish",
+    "ILogger": "log ERROR INTERNAL_ERROR",
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "create_execution_context num_io_tensors get_tensor_name get_tensor_dtype",
+    "IExecutionContext": "set_optimization_profile_async set_input_shape get_tensor_shape set_tensor_address "
+    "execute_async_v3",
+}
+
+
+def test_nvidias_bindings_have_what_is_called(stubs):
+    code = (
+        "import json, sys\nimport tensorrt_bindings as trt\n"
+        "used = json.loads(sys.argv[1])\n"
+        "print([f'{kind}.{name}' for kind in used for name in used[kind].split() if not hasattr(getattr(trt, kind), name)])\n"
+        "class Logger(trt.ILogger):\n"
+        "    def __init__(self):\n        trt.ILogger.__init__(self)\n"
+        "    def log(self, severity, message):\n        pass\n"
+        "class Monitor(trt.IProgressMonitor):\n"
+        "    def __init__(self):\n        trt.IProgressMonitor.__init__(self)\n"
+        "Logger(), Monitor(), trt.nptype(trt.DataType.UINT8)\n"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
+    line = [sys.executable, "-c", code, json.dumps(USED)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+@pytest.fixture(scope="module")
+def ask(stubs, tmp_path_factory):
+    """Call with requests; NVIDIA's answers, and the folder with the PTX of each by its number."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings with NVRTC")
 
     def run(requests):
         out = tmp_path_factory.mktemp("ptx")
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs)}
         line = [sys.executable, "-c", SCRIPT, json.dumps(requests), str(out)]
         done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr

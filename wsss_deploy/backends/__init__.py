@@ -1,7 +1,7 @@
 """Runtimes behind one protocol, and the choice among them.
 
-The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime. There is no fall-back from one to the other,
-since a missing runtime is a missing installation, which the error names.
+The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime, `.engine` in TensorRT. There is no fall-back
+from one to the other, since a missing runtime is a missing installation, which the error names.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from wsss_deploy.backends.base import Availability, Backend
 from wsss_deploy.errors import BackendError, UsageError
 
 #: Runtime by the suffix of the files that it runs.
-RUNTIMES = {".pt": "torch", ".onnx": "onnxruntime"}
+RUNTIMES = {".pt": "torch", ".onnx": "onnxruntime", ".engine": "tensorrt"}
 
 _INSTALL = {
     "torch": "pip install 'wsss-deploy[train]' for model.pt, or export to model.onnx where that is installed",
     "onnxruntime": "pip install 'wsss-deploy[cpu]' or, with an NVIDIA GPU, 'wsss-deploy[gpu]'",
+    "tensorrt": "pip install 'wsss-deploy[tensorrt]' on a machine with an NVIDIA GPU",
 }
-_NEEDS = {"torch": ("torch", "timm"), "onnxruntime": ("onnxruntime",)}
+_NEEDS = {"torch": ("torch", "timm"), "onnxruntime": ("onnxruntime",), "tensorrt": ("tensorrt",)}
 
 
 def can_run(name: str) -> Availability:
     """Whether a runtime is installed; nothing is imported.
 
     Args:
-        name: "torch" or "onnxruntime".
+        name: "torch", "onnxruntime" or "tensorrt".
 
     Raises:
         UsageError: There is no runtime of that name.
@@ -92,6 +93,10 @@ def open_backend(path: Path, device: str, backend: str, threads: int | None) -> 
 
         card, state_dict = load_model(path)
         return TorchBackend(restore_network(card, state_dict, str(path)), card, device, threads)
+    if path.suffix.lower() == ".engine":
+        from wsss_deploy.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(path, device)
     from wsss_deploy.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, device, threads)

@@ -27,7 +27,7 @@ class Backend(Protocol):
     """A model that is loaded in one runtime. `run` may be called from many threads.
 
     Attributes:
-        name: "torch" or "onnxruntime".
+        name: "torch", "onnxruntime" or "tensorrt".
         device: Where it really runs: "cpu", "cuda:0", ...
     """
 
@@ -40,6 +40,17 @@ class Backend(Protocol):
         Args:
             images: RGB, uint8 (N, H, W, 3), any H and W.
             refiner: Applied to the scores where they are, before they leave the device.
+
+        Raises:
+            BackendError: The runtime failed.
+        """
+        ...
+
+    def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Class ids alone, uint8 (N, H, W): less to copy than the scores of `run`, whose best classes they are.
+
+        Args:
+            images: As in `run`.
 
         Raises:
             BackendError: The runtime failed.

@@ -96,18 +96,26 @@ class OnnxRuntimeBackend:
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; the refiner reads the runtime's own output buffer."""
+        result = self._output("scores", images)
+        if refiner is None:
+            return Output(result, 0.0)
+        start = time.perf_counter()
+        return Output(refiner(result, images), (time.perf_counter() - start) * 1e3)
+
+    def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Class ids, see `Backend.masks`."""
+        found: npt.NDArray[np.uint8] = self._output("mask", images)
+        return found
+
+    def _output(self, name: str, images: npt.NDArray[np.uint8]) -> Any:
         try:
-            result: npt.NDArray[np.float32] = self._session.run(["scores"], {"image": images})[0]
+            return self._session.run([name], {"image": images})[0]
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
             raise BackendError(
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device"
             ) from error
-        if refiner is None:
-            return Output(result, 0.0)
-        start = time.perf_counter()
-        return Output(refiner(result, images), (time.perf_counter() - start) * 1e3)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,22 +41,34 @@ class TorchBackend:
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`."""
+        with self._running(images):
+            batch = torch.from_numpy(images).to(self.device)
+            scores = self._module(batch)[0].float()
+            spent = 0.0
+            if refiner is not None:
+                self._wait()  # or the network's time on a GPU would count as the refinement's
+                start = time.perf_counter()
+                scores = refiner(scores, batch)
+                self._wait()
+                spent = (time.perf_counter() - start) * 1e3
+            return Output(scores.cpu().numpy(), spent)
+
+    def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Class ids, see `Backend.masks`."""
+        with self._running(images):
+            found: npt.NDArray[np.uint8] = self._module(torch.from_numpy(images).to(self.device))[1].cpu().numpy()
+            return found
+
+    @contextmanager
+    def _running(self, images: npt.NDArray[np.uint8]) -> Iterator[None]:
+        """Evaluation mode without gradients, and torch's errors as ours."""
         if self._module.network.training:  # the owner of a network given by `from_network` went on training it
             self._module.network.eval()
         kind = torch.device(self.device).type
         try:
             # An autocast of the caller must not lower the precision here.
             with torch.inference_mode(), torch.autocast(kind, enabled=False):
-                batch = torch.from_numpy(images).to(self.device)
-                scores = self._module(batch)[0].float()
-                spent = 0.0
-                if refiner is not None:
-                    self._wait()  # or the network's time on a GPU would count as the refinement's
-                    start = time.perf_counter()
-                    scores = refiner(scores, batch)
-                    self._wait()
-                    spent = (time.perf_counter() - start) * 1e3
-                return Output(scores.cpu().numpy(), spent)
+                yield
         except (RuntimeError, MemoryError) as error:
             shape = " x ".join(map(str, images.shape[:3]))
             raise BackendError(

@@ -1,0 +1,266 @@
+"""What a runner needs of CUDA behind one small interface, over pycuda or NVIDIA's cuda-bindings.
+
+Both use the device's primary context, which torch uses, too. pycuda comes first where both are installed; it has no
+CUDA graphs, whose capture (`capture_graph`) goes through cuda-bindings on any stream. **Not run yet on a GPU.**
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from wsss_deploy.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import DTypeLike, NDArray
+
+
+class DeviceLayer(Protocol):
+    """One CUDA device. Every method but `active` is called inside of `active()`, in any thread.
+
+    Attributes:
+        name: "pycuda" or "cuda-bindings".
+        gpu: Name of the device.
+        compute_capability: For example "9.0".
+    """
+
+    name: str
+    gpu: str
+    compute_capability: str
+
+    def active(self) -> AbstractContextManager[None]:
+        """The device's primary context is current in this thread."""
+        ...
+
+    def stream(self) -> Any:
+        """A new stream; kept by its owner."""
+        ...
+
+    def handle(self, stream: Any) -> int:
+        """The stream's `CUstream`."""
+        ...
+
+    def wait(self, stream: Any) -> None:
+        """Wait for all that was put into the stream."""
+        ...
+
+    def device_buffer(self, count: int) -> Any:
+        """Bytes on the device; freed with the object. Its address is `int()` of it."""
+        ...
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A page-locked array."""
+        ...
+
+    def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
+        """Copy a page-locked array to the device, asynchronously."""
+        ...
+
+    def download(self, target: NDArray[Any], source: Any, stream: Any) -> None:
+        """Copy from the device into a page-locked array, asynchronously."""
+        ...
+
+
+def open_device(index: int) -> DeviceLayer:
+    """The layer that is installed.
+
+    Args:
+        index: Number of the device.
+
+    Raises:
+        BackendError: Neither library is installed, or the driver or the device does not work.
+    """
+    reasons = []
+    for layer in (PyCudaLayer, CudaBindingsLayer):
+        try:
+            return layer(index)
+        except ImportError as error:
+            reasons.append(str(error))
+        except Exception as error:  # of the libraries' own classes, which are known only once they are imported
+            raise BackendError(
+                f"cuda:{index} does not work: {type(error).__name__}: {error}; check the driver with nvidia-smi"
+            ) from error
+    raise BackendError(
+        f"CUDA needs cuda-bindings or pycuda ({'; '.join(reasons)}); pip install 'wsss-deploy[tensorrt]'"
+    )
+
+
+class PyCudaLayer:
+    """See `DeviceLayer`."""
+
+    name = "pycuda"
+
+    def __init__(self, index: int) -> None:
+        import pycuda.driver as driver
+
+        driver.init()
+        self._driver: Any = driver
+        device = driver.Device(index)
+        self.gpu: str = device.name()
+        self.compute_capability = "{}.{}".format(*device.compute_capability())
+        self._context = device.retain_primary_context()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """See `DeviceLayer`."""
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._driver.Context.pop()
+
+    def stream(self) -> Any:
+        """See `DeviceLayer`."""
+        return self._driver.Stream()
+
+    def handle(self, stream: Any) -> int:
+        """See `DeviceLayer`."""
+        return int(stream.handle)
+
+    def wait(self, stream: Any) -> None:
+        """See `DeviceLayer`."""
+        stream.synchronize()
+
+    def device_buffer(self, count: int) -> Any:
+        """See `DeviceLayer`."""
+        return self._driver.mem_alloc(max(count, 1))
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """See `DeviceLayer`."""
+        array: NDArray[Any] = self._driver.pagelocked_empty(shape, dtype)
+        return array
+
+    def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
+        """See `DeviceLayer`."""
+        self._driver.memcpy_htod_async(target, source, stream)
+
+    def download(self, target: NDArray[Any], source: Any, stream: Any) -> None:
+        """See `DeviceLayer`."""
+        self._driver.memcpy_dtoh_async(target, source, stream)
+
+
+class CudaBindingsLayer:
+    """See `DeviceLayer`; through the runtime API, whose context is the primary one."""
+
+    name = "cuda-bindings"
+
+    def __init__(self, index: int) -> None:
+        from cuda.bindings import runtime
+
+        self._cuda: Any = runtime
+        self._index = index
+        properties = checked(runtime.cudaGetDeviceProperties(index))
+        self.gpu: str = properties.name.decode()
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """See `DeviceLayer`; the caller's device is current again afterwards."""
+        before = checked(self._cuda.cudaGetDevice())
+        checked(self._cuda.cudaSetDevice(self._index))
+        try:
+            yield
+        finally:
+            checked(self._cuda.cudaSetDevice(before))
+
+    def stream(self) -> Any:
+        """See `DeviceLayer`; it does not wait for the default stream."""
+        return checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+
+    def handle(self, stream: Any) -> int:
+        """See `DeviceLayer`."""
+        return int(stream)
+
+    def wait(self, stream: Any) -> None:
+        """See `DeviceLayer`."""
+        checked(self._cuda.cudaStreamSynchronize(stream))
+
+    def device_buffer(self, count: int) -> Any:
+        """See `DeviceLayer`."""
+        return _Owned(checked(self._cuda.cudaMalloc(max(count, 1))), self._cuda.cudaFree)
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """See `DeviceLayer`."""
+        import ctypes
+
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        owner = _Owned(checked(self._cuda.cudaMallocHost(max(count, 1))), self._cuda.cudaFreeHost)
+        memory: Any = (ctypes.c_uint8 * count).from_address(int(owner))
+        # numpy keeps the ctypes object alive, and that keeps the owner.
+        memory.owner = owner
+        array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
+        return array
+
+    def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
+        """See `DeviceLayer`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        checked(self._cuda.cudaMemcpyAsync(int(target), source.ctypes.data, source.nbytes, kind, stream))
+
+    def download(self, target: NDArray[Any], source: Any, stream: Any) -> None:
+        """See `DeviceLayer`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        checked(self._cuda.cudaMemcpyAsync(target.ctypes.data, int(source), target.nbytes, kind, stream))
+
+
+def capture_graph(handle: int, enqueue: Callable[[], None]) -> Callable[[], None]:
+    """Record what a function puts into a stream as a CUDA graph.
+
+    Args:
+        handle: `CUstream` of the stream, of either layer; the device is active.
+        enqueue: Puts work into the stream; has run before, so that nothing is set up while it is recorded.
+
+    Returns:
+        A function that launches the graph in the stream.
+
+    Raises:
+        BackendError: cuda-bindings is not installed, or the work cannot be recorded.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise BackendError(f"CUDA graphs need cuda-bindings ({error}); pip install cuda-bindings") from error
+    stream = runtime.cudaStream_t(handle)
+    checked(runtime.cudaStreamBeginCapture(stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+    try:
+        enqueue()
+    finally:
+        status, graph = runtime.cudaStreamEndCapture(stream)
+    checked((status,))
+    executable = checked(runtime.cudaGraphInstantiate(graph, 0))
+    checked(runtime.cudaGraphDestroy(graph))
+    owner = _Owned(executable, runtime.cudaGraphExecDestroy)
+
+    def launch() -> None:
+        checked(runtime.cudaGraphLaunch(owner.value, stream))
+
+    return launch
+
+
+def checked(answer: tuple[Any, ...]) -> Any:
+    """The value of a call of cuda-bindings.
+
+    Raises:
+        BackendError: Its status is an error.
+    """
+    status, *values = answer
+    if int(status) != 0:
+        raise BackendError(f"CUDA failed ({getattr(status, 'name', status)})")
+    return values[0] if values else None
+
+
+class _Owned:
+    """Something of CUDA's that is released with this object."""
+
+    def __init__(self, value: Any, release: Callable[[Any], Any]) -> None:
+        self.value, self._release = value, release
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __del__(self) -> None:
+        self._release(self.value)

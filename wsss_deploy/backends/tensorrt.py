@@ -1,0 +1,203 @@
+"""model.engine in TensorRT: bytes of images in, scores or just the mask out.
+
+A few slots, each with an execution context, a stream and buffers that are kept as long as the shape stays. A call takes
+a free slot, so that calls of several threads (`Segmenter.predict_stream`, for example) overlap copies, network and
+post-processing. With steady shapes the network is launched as a CUDA graph. **Not run yet on a GPU**: what is tested is
+everything against stand-ins for TensorRT and the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsss_deploy.backends.base import Output
+from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
+from wsss_deploy.engine_manifest import read_engine, read_manifest
+from wsss_deploy.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from wsss_deploy.refinement import Refiner
+
+SLOTS = 2
+#: Calls with the same shape after which a slot records a graph; the first ones set kernels up.
+_WARM = 2
+
+_log = logging.getLogger(__name__)
+
+
+class TensorRTBackend:
+    """An engine on the GPU that it was built for.
+
+    Args:
+        path: The engine; its manifest lies beside it.
+        device: "auto", "cuda" or "cuda:N".
+
+    Raises:
+        ArtifactError: Engine or manifest is damaged.
+        BackendError: Driver, library or device is missing, or not the one that the engine was built for.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, path: Path, device: str) -> None:
+        if device == "cpu":
+            raise BackendError(f"{path}: an engine runs on NVIDIA GPUs only; use model.onnx for device 'cpu'")
+        manifest = read_manifest(path)
+        trt = load_tensorrt()
+        index = int(device.partition(":")[2] or 0)
+        self.device = f"cuda:{index}"
+        self._layer: DeviceLayer = open_device(index)
+        manifest.check_machine(path, trt.__version__, self._layer.gpu, self._layer.compute_capability)
+        content = read_engine(path, manifest)
+        self._manifest, self._trt, self._path = manifest, trt, path
+        with self._layer.active():
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+            if self._engine is None:
+                raise ArtifactError(f"{path}: TensorRT cannot load it; build it anew: {manifest.command}")
+            self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+            for _ in range(SLOTS):
+                self._free.put(_Slot(trt, self._engine, self._layer))
+
+    def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
+        """Class probabilities, see `Backend.run`; the refiner works on the host."""
+        scores = self._batches("scores", images)
+        if refiner is None:
+            return Output(scores, 0.0)
+        start = time.perf_counter()
+        return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
+
+    def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Class ids, see `Backend.masks`: nothing else leaves the device."""
+        found: npt.NDArray[np.uint8] = self._batches("mask", images)
+        return found
+
+    def _batches(self, output: str, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        most = self._manifest.shapes[2][0]
+        for part in (images[:most], images[len(images) // most * most :]):
+            if len(part) and not self._manifest.accepts(part.shape[:3]):
+                raise BackendError(
+                    f"{self._path.name}: takes {self._manifest.range_text()}, found "
+                    f"{' x '.join(map(str, part.shape[:3]))}; resize or tile the image, or build with other "
+                    f"--shapes: {self._manifest.command}"
+                )
+        slot = self._free.get()
+        try:
+            with self._layer.active():
+                parts = [slot.run(images[start : start + most], output) for start in range(0, len(images), most)]
+        except (BackendError, MemoryError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(
+                f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
+            ) from error
+        finally:
+            self._free.put(slot)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def describe(self) -> dict[str, Any]:
+        """What really runs, see `Backend.describe`."""
+        return {
+            "backend": self.name,
+            "version": self._trt.__version__,
+            "device": self.device,
+            "device_reason": "engines run on GPUs",
+            "device_name": self._layer.gpu,
+            "device_layer": self._layer.name,
+            "precision": self._manifest.card.precision,
+            "shapes": [list(shape) for shape in self._manifest.shapes],
+            "threads": "default",
+        }
+
+
+class _Slot:
+    """One execution context with its stream and buffers; used by one thread at a time."""
+
+    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer) -> None:
+        self._trt, self._layer = trt, layer
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise BackendError("TensorRT cannot create an execution context: out of memory")
+        self._stream = layer.stream()
+        self._handle = layer.handle(self._stream)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        if {"image", "scores", "mask"} != set(names):
+            raise ArtifactError(f"the engine has the tensors {', '.join(names)}, expected image, scores and mask")
+        self._context.set_optimization_profile_async(0, self._handle)
+        self._shape: tuple[int, ...] = ()
+        self._host: dict[str, npt.NDArray[Any]] = {}
+        self._buffers: dict[str, Any] = {}
+        self._calls = 0
+        self._graph: Callable[[], None] | None = None
+
+    def run(self, images: npt.NDArray[np.uint8], output: str) -> npt.NDArray[Any]:
+        """Upload, network, download of one output."""
+        if images.shape != self._shape:
+            self._prepare(images.shape)
+        self._host["image"][...] = images
+        self._layer.upload(self._buffers["image"], self._host["image"], self._stream)
+        self._launch()
+        if output not in self._host:
+            shape = tuple(self._context.get_tensor_shape(output))
+            self._host[output] = self._layer.host_buffer(shape, self._types[output])
+        self._layer.download(self._host[output], self._buffers[output], self._stream)
+        self._layer.wait(self._stream)
+        return self._host[output].copy()  # the buffer is the next call's
+
+    def _prepare(self, shape: tuple[int, ...]) -> None:
+        self._shape, self._graph, self._calls, self._host = (), None, 0, {}
+        if not self._context.set_input_shape("image", shape):
+            raise BackendError(f"TensorRT refuses images of {shape}")
+        for name, kind in self._types.items():
+            count = int(np.prod(self._context.get_tensor_shape(name))) * kind.itemsize
+            self._buffers.pop(name, None)  # before the new one, or both would be held
+            self._buffers[name] = self._layer.device_buffer(count)
+            self._context.set_tensor_address(name, int(self._buffers[name]))
+        self._host["image"] = self._layer.host_buffer(shape, np.uint8)
+        self._shape = shape
+
+    def _launch(self) -> None:
+        if self._graph is not None:
+            self._graph()
+            return
+        if self._calls == _WARM:
+            try:
+                self._graph = capture_graph(self._handle, self._enqueue)
+                self._graph()
+                return
+            except BackendError as error:
+                _log.debug("no CUDA graph: %s", error)
+        self._calls += 1
+        self._enqueue()
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._handle):
+            raise BackendError("TensorRT could not run the engine")
+
+
+def load_tensorrt() -> Any:
+    """The module tensorrt, once it is clear that a driver is there: without one, creating a runtime ends the process.
+
+    Raises:
+        BackendError: Library or driver is missing.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError(
+            f"TensorRT needs an NVIDIA driver, which is not here ({error}); run the model.onnx on the CPU"
+        ) from error
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise BackendError(f"TensorRT is not installed ({error}); pip install 'wsss-deploy[tensorrt]'") from error
+    return tensorrt
