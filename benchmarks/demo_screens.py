@@ -2,19 +2,24 @@
 
     python benchmarks/demo_screens.py quickstart --out docs/images
 
-The folder is one of `wsss-quickstart`; its images are copied, and annotated with a few of its scribbles.
+The folder is one of `wsss-quickstart`; its images are copied and annotated with a few of its scribbles, and its
+training stands for one that was started in the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+
+from demo.runs import NETWORKS
 
 LOOKS = {
     "light": {"viewport": {"width": 1280, "height": 800}},
@@ -35,10 +40,18 @@ def prepare(quickstart: Path, folder: Path) -> Path:
         shutil.copy(path, data / "images")
         if index < 5:
             shutil.copy(quickstart / "data" / "scribbles" / f"{path.stem}.png", data / "scribbles")
+    run = data / "runs" / "run-001"
+    shutil.copytree(quickstart / "run", run)
+    for name in ("model.pt", "model.onnx"):
+        shutil.copy(quickstart / name, run)
+    iterations = int((run / "log.csv").read_text().splitlines()[-1].split(",")[0])
+    network = next(iter(NETWORKS))
+    settings = {"supervision": "scribbles", "network": network, "iterations": iterations}
+    (run / "page.json").write_text(json.dumps(settings))
     return data
 
 
-def open_tabs(page: Page, image: Path) -> dict[str, callable]:
+def open_tabs(page: Page) -> dict[str, Callable[[], None]]:
     def segment() -> None:
         page.locator("#timing table").wait_for()
         page.locator("#overlay img").wait_for()
@@ -64,13 +77,6 @@ def open_tabs(page: Page, image: Path) -> dict[str, callable]:
         page.locator("#train-chart svg").first.wait_for()
 
     return {"segment": segment, "why": why, "compare": compare, "annotate": annotate, "train": train}
-
-
-def wait_for_run(page: Page) -> None:
-    page.get_by_role("tab", name="Train", exact=True).click()
-    page.locator("#train-iterations input").fill("60")
-    page.locator("#train-start").click()
-    page.locator("#train-status").get_by_text("run-001 is done").wait_for()
 
 
 def findings(page: Page, script: str) -> list[str]:
@@ -114,13 +120,10 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for look, options in LOOKS.items():
             context = browser.new_context(**options)
-            context.set_default_timeout(240_000)
+            context.set_default_timeout(120_000)
             page = context.new_page()
             page.goto(address)
-            if look == "light":
-                wait_for_run(page)
-                page.goto(address)
-            for name, open_tab in open_tabs(page, data).items():
+            for name, open_tab in open_tabs(page).items():
                 open_tab()
                 save(page, arguments.out / f"demo_{name}_{look}.webp")
                 for finding in findings(page, script):
