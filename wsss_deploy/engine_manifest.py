@@ -32,7 +32,7 @@ class EngineManifest(BaseModel):
         gpu: Name of the GPU that it was built on.
         compute_capability: Of that GPU, for example "9.0".
         shapes: Smallest, best and largest batch, height and width.
-        plugins: SHA-256 of the PTX by kernel, of plugins inside the engine.
+        plugins: Plugins inside the engine, and SHA-256 of the parameters that they were compiled for.
         engine_sha256: Of the engine.
         onnx_sha256: Of the graph that it was built from.
         command: What builds it anew.

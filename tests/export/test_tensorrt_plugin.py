@@ -142,7 +142,7 @@ def stubs(tmp_path_factory):
     return folder
 
 
-# What export/tensorrt_engine.py and wsss_deploy/backends/tensorrt.py call; the stand-ins of tests/tensorrt have the same.
+# What export/tensorrt_engine.py and wsss_deploy/backends/tensorrt.py call; tests/tensorrt has stand-ins of the same.
 USED = {
     "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
     "IBuilderConfig": "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache progress_monitor",
@@ -162,7 +162,8 @@ def test_nvidias_bindings_have_what_is_called(stubs):
     code = (
         "import json, sys\nimport tensorrt_bindings as trt\n"
         "used = json.loads(sys.argv[1])\n"
-        "print([f'{kind}.{name}' for kind in used for name in used[kind].split() if not hasattr(getattr(trt, kind), name)])\n"
+        "pairs = [(kind, name) for kind in used for name in used[kind].split()]\n"
+        "print([pair for pair in pairs if not hasattr(getattr(trt, pair[0]), pair[1])])\n"
         "class Logger(trt.ILogger):\n"
         "    def __init__(self):\n        trt.ILogger.__init__(self)\n"
         "    def log(self, severity, message):\n        pass\n"

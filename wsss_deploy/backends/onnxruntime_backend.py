@@ -13,6 +13,7 @@ import numpy.typing as npt
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output
 from wsss_deploy.errors import ArtifactError, BackendError
+from wsss_deploy.onnx_check import check_onnx
 
 # Read when onnxruntime is imported: a segmenter reports to nobody.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -43,6 +44,7 @@ class OnnxRuntimeBackend:
     def __init__(self, path: Path, device: str, threads: int | None = None) -> None:
         self._threads = threads
         self._reason = "asked for"
+        check_onnx(path)
         self._precision = read_card(path).precision
         if device != "cpu":
             reason = self._open_cuda(path, device)

@@ -17,7 +17,9 @@ from rich.markup import escape
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends import RUNTIMES, can_run
 from wsss_deploy.cli.common import ArgumentParser, run_command
-from wsss_deploy.environment import cpu_threads, package_versions
+from wsss_deploy.cli.file_checks import Check, check_file
+from wsss_deploy.environment import cpu_threads, package_versions, query_gpus
+from wsss_deploy.errors import ArtifactError
 from wsss_deploy.pairwise import choose, forms
 
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "Show versions, which runtimes can run here and on which devices; with a model, also what it is and where it "
         "really runs.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="model.pt or model.onnx")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model.pt, model.onnx or model.engine")
     parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     run_command(parser, _doctor, argv)
@@ -43,7 +45,16 @@ def _doctor(arguments: argparse.Namespace) -> None:
     # A model that cannot run is an error of the command, but what was found until then helps to see why.
     if not arguments.json:
         _print_machine(report)
+    checks: list[Check] = []
     if arguments.model is not None:
+        checks = check_file(arguments.model)
+        report["file"] = [check._asdict() for check in checks]
+        if not arguments.json:
+            _print_checks(checks)
+        if any(check.passed is False for check in checks):
+            if arguments.json:
+                sys.stdout.write(json.dumps(report, indent=2) + "\n")
+            raise ArtifactError(next(check.detail for check in checks if check.passed is False))
         report["model"] = inspect_model(arguments.model, arguments.device)
     if arguments.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
@@ -65,6 +76,7 @@ def inspect_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_threads": cpu_threads(),
         "packages": packages,
+        "gpus": query_gpus("name,driver_version,memory.total"),
         "runtimes": {
             name: {"files": suffix, **can_run(name)._asdict(), "devices": _devices(name)}
             for suffix, name in RUNTIMES.items()
@@ -116,6 +128,8 @@ def _devices(runtime: str) -> list[str]:
     """Devices or providers that a runtime reports; only asking it, so it must be imported."""
     if not can_run(runtime).available:
         return []
+    if runtime == "tensorrt":
+        return query_gpus("name")
     if runtime == "onnxruntime":
         import onnxruntime
 
@@ -129,6 +143,7 @@ def _print_machine(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Python {report['python']} on {report['platform']}, {report['cpu_threads']} CPU threads")
     console.print(", ".join(f"{name} {found}" for name, found in report["packages"].items()))
+    console.print(escape(f"GPUs (name, driver, MiB): {'; '.join(report['gpus']) or 'none'}"))
     for runtime in report["runtimes"].values():
         mark = "[green]can run[/]" if runtime["available"] else "[red]cannot run[/]"
         devices = f" on {', '.join(runtime['devices'])}" if runtime["devices"] else ""
@@ -140,6 +155,13 @@ def _print_machine(report: dict[str, Any]) -> None:
         console.print(escape(f"pairwise operator on {kind}: form {form['name']} ({form['reason']})"))
     for problem in report["problems"]:
         console.print(f"[red]problem[/] {escape(problem)}")
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    marks = {True: "[green]ok[/]", False: "[red]not ok[/]", None: "[yellow]unknown[/]"}
+    for check in checks:
+        console.print(f"{marks[check.passed]} {check.name}: {escape(check.detail)}")
 
 
 def _print_model(report: dict[str, Any]) -> None:

@@ -16,6 +16,10 @@ from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks.decoder import OUTPUT_STRIDE
 
 LEVELS = 4
+# What would make timm load files or download: a card may come from anywhere.
+_NOT_OURS = frozenset(
+    {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"}
+)
 _FITTING = "such as a plain ViT, PVTv2 or ConvNeXt"
 
 # How a timm model is told that images may have any size; models that need no telling take none of these.
@@ -97,6 +101,9 @@ def create_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; `timm.list_models()` lists them"
         raise RecipeError([f"encoder '{name}' is no model of timm {timm.__version__}{hint}"])
+    forbidden = sorted(_NOT_OURS & set(options))
+    if forbidden:
+        raise RecipeError([f"encoder_options {', '.join(forbidden)}: weights are not loaded by options; take them out"])
     reason = ""
     for any_size in _ANY_SIZE:
         try:

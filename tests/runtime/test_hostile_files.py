@@ -1,0 +1,226 @@
+"""Damaged and hostile model files: always one clear error, never another exception, never a file read outside."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wsss_deploy import Segmenter
+from wsss_deploy.artifact import read_card
+from wsss_deploy.card import ModelCard
+from wsss_deploy.cli.doctor import main
+from wsss_deploy.engine_manifest import EngineManifest, manifest_path
+from wsss_deploy.errors import ArtifactError, WsssError
+from wsss_deploy.onnx_check import check_onnx
+
+onnx = pytest.importorskip("onnx")
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def model(onnx_bytes, color_card):
+    return onnx.load_from_string(onnx_bytes(color_card))
+
+
+def saved(model, folder):
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def outside(model, location, **entries):
+    tensor = model.graph.initializer.add(name="gain2", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+@pytest.mark.parametrize(
+    "location", ["/etc/passwd", "../secret", "a/../../secret", "..\\secret", "C:\\secret", "", ".", "link", "a\0b"]
+)
+def test_data_outside_of_the_folder_is_refused(model, tmp_path, location):
+    (tmp_path / "secret").write_bytes(bytes(64))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.symlink(tmp_path / "secret", folder / "link")
+    outside(model, location)
+    path = saved(model, folder)
+    with pytest.raises(ArtifactError, match=r"outside of the model's folder|damaged"):
+        Segmenter(path, device="cpu")
+
+
+def test_data_inside_of_the_folder_has_to_be_there(model, tmp_path):
+    (tmp_path / "data.bin").write_bytes(bytes(16))
+    outside(model, "data.bin", offset=0, length=16)
+    check_onnx(saved(model, tmp_path))
+    (tmp_path / "data.bin").write_bytes(bytes(15))
+    with pytest.raises(ArtifactError, match="is cut short"):
+        check_onnx(saved(model, tmp_path))
+    (tmp_path / "data.bin").unlink()
+    with pytest.raises(ArtifactError, match="cannot be used"):
+        check_onnx(saved(model, tmp_path))
+
+
+@pytest.mark.parametrize("dims", [[2**40], [2**31, 2**31], [-1], [10**6] * 8])
+@pytest.mark.parametrize("where", ["initializer", "constant"])
+def test_tensors_that_declare_more_than_there_is(model, tmp_path, dims, where):
+    tensor = onnx.TensorProto(name="huge", data_type=onnx.TensorProto.FLOAT, dims=dims, raw_data=bytes(4))
+    if where == "initializer":
+        model.graph.initializer.append(tensor)
+    else:
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["huge"], value=tensor))
+    with pytest.raises(ArtifactError, match="tensor 'huge' declares"):
+        Segmenter(saved(model, tmp_path), device="cpu")
+
+
+def test_operators_of_unknown_domains(model, tmp_path):
+    model.graph.node.append(onnx.helper.make_node("Run", ["image"], ["y"], domain="com.example"))
+    with pytest.raises(ArtifactError, match=r"needs the operator 'com\.example::Run'"):
+        Segmenter(saved(model, tmp_path), device="cpu")
+
+
+def test_unknown_standard_operators(model, tmp_path):
+    model.graph.node.append(onnx.helper.make_node("Nonsense", ["image"], ["y"]))
+    with pytest.raises(ArtifactError, match=r"ONNX Runtime cannot load it .*Nonsense"):
+        Segmenter(saved(model, tmp_path), device="cpu")
+
+
+def test_deeply_nested_graphs(model, tmp_path):
+    graph = onnx.GraphProto(name="inner")
+    for _ in range(20):
+        node = onnx.helper.make_node("If", ["c"], ["y"])
+        node.attribute.append(onnx.helper.make_attribute("then_branch", graph))
+        graph = onnx.GraphProto(name="outer", node=[node])
+    model.graph.node.extend(graph.node)
+    with pytest.raises(ArtifactError, match="nested too deeply"):
+        check_onnx(saved(model, tmp_path))
+
+
+def refusal(reader, *arguments):
+    """The message of a refusal, or None; any other exception is the test's failure."""
+    try:
+        reader(*arguments)
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
+changes = st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=12), st.integers(0, 12)), min_size=1, max_size=4)
+
+
+def changed(content, edits):
+    for position, inserted, dropped in edits:
+        position %= len(content) + 1
+        content = content[:position] + inserted + content[position + dropped :]
+    return content
+
+
+@FUZZ
+@given(edits=changes)
+def test_fuzzed_onnx(onnx_bytes, color_card, tmp_path, edits):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(changed(onnx_bytes(color_card), edits))
+    for reader in (read_card, check_onnx):
+        assert str(path) in (refusal(reader, path) or str(path))
+
+
+@FUZZ
+@given(edits=changes)
+def test_fuzzed_torch_files(tiny_model, tmp_path, edits):
+    path = tmp_path / "model.pt"
+    path.write_bytes(changed(tiny_model.read_bytes(), edits))
+    assert str(path) in (refusal(read_card, path) or str(path))
+
+
+def manifest_of(card):
+    return EngineManifest(
+        tensorrt="11.4.0",
+        gpu="G",
+        compute_capability="9.0",
+        shapes=((1, 1, 1), (1, 64, 64), (4, 128, 128)),
+        engine_sha256="0" * 64,
+        onnx_sha256="0" * 64,
+        command="wsss-export",
+        card=card,
+    )
+
+
+@FUZZ
+@given(edits=changes)
+def test_fuzzed_manifests(color_card, tmp_path, edits):
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"plan")
+    manifest_path(path).write_bytes(changed(manifest_of(color_card).model_dump_json().encode(), edits))
+    assert str(path) in (refusal(read_card, path) or str(path))
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@FUZZ
+@given(key=st.sampled_from(sorted(ModelCard.model_fields)), value=values)
+def test_fuzzed_cards(color_card, key, value):
+    content = {**color_card.to_plain(), key: value}
+    message = refusal(ModelCard.from_plain, content, "the file")
+    if message is not None:
+        assert message.startswith("the file: its model card cannot be used")
+    else:
+        card = ModelCard.from_plain(content, "the file")
+        assert ModelCard.from_plain(card.to_json(), "again") == card
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "1" * 10_000, "\ud800", "null", ""])
+def test_cards_that_break_parsers(text):
+    with pytest.raises(ArtifactError):
+        ModelCard.from_plain(text, "the file")
+
+
+def test_encoder_options_load_no_files():
+    networks = pytest.importorskip("wsss_deploy.networks")
+    with pytest.raises(WsssError, match="checkpoint_path: weights are not loaded by options"):
+        networks.encoder_preprocessing("test_vit", {"checkpoint_path": "/etc/passwd"})
+
+
+def doctor(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments)])
+    return ended.value.code
+
+
+def test_doctor_checks_files(tiny_onnx, tiny_model, tmp_path, capsys):
+    assert doctor(tiny_onnx, "--device", "cpu", "--json") == 0
+    checks = {item["name"]: item for item in json.loads(capsys.readouterr().out)["file"]}
+    assert [checks[name]["passed"] for name in ("card", "content", "parity")] == [True, True, True]
+    assert doctor(tiny_model, "--device", "cpu") == 0
+    assert "tensors" in capsys.readouterr().out
+    other = tmp_path / "model.onnx"
+    other.write_bytes(tiny_onnx.read_bytes())
+    (tmp_path / "parity.json").write_text(
+        (tiny_onnx.parent / "parity.json").read_text().replace('sha256": "', 'sha256": "0')
+    )
+    assert doctor(other, "--device", "cpu") == 1
+    assert "speaks of another file" in capsys.readouterr().err
+
+
+def test_doctor_checks_engines_without_a_gpu(color_card, tmp_path, capsys):
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"plan")
+    manifest_path(path).write_text(manifest_of(color_card).model_dump_json())
+    assert doctor(path) == 1
+    told = capsys.readouterr()
+    assert "ok card: colour, 3 classes" in told.out
+    assert "is not the engine that its manifest speaks of" in told.err
+
+
+def test_every_score_of_a_checked_file_is_computed(color_onnx):
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert Segmenter(color_onnx, device="cpu", threads=1).predict(image).mask.shape == (8, 8)

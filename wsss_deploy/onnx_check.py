@@ -1,0 +1,194 @@
+"""What an ONNX file may not do, found before a runtime reads it: without an ONNX library, without copying its tensors.
+
+Refused are tensors whose data lies outside of the file's folder, tensors that declare more than is there, and operators
+of domains that no runtime of ours has. Lengths in the file are not trusted, and nesting is limited.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from wsss_deploy.errors import ArtifactError
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+#: Field numbers of onnx.proto.
+_MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 5, 1, 7, 10
+_NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
+#: Domains whose operators ONNX Runtime brings along; others have to be functions of the file.
+_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+#: Bytes of an element by TensorProto.DataType; strings and types below a byte count as if empty.
+_ITEM = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+_DEEPEST = 16
+
+
+class _Malformed(Exception):
+    pass
+
+
+def check_onnx(path: Path) -> None:
+    """Check the structure of an ONNX file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ArtifactError: It is damaged, or refused; the message names the tensor or the operator.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = memoryview(mapped)
+            try:
+                _Checker(path, view).model()
+            finally:
+                view.release()
+    except (_Malformed, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: is no ONNX model, or a damaged one ({error}); export it again") from error
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise ArtifactError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
+
+
+class _Checker:
+    def __init__(self, path: Path, view: memoryview) -> None:
+        self._path, self._view = path, view
+        self._functions: set[tuple[str, str]] = set()
+
+    def model(self) -> None:
+        parts = list(_fields(self._view, 0, len(self._view)))
+        for field, begin, end in parts:
+            if field == _MODEL_FUNCTIONS:
+                texts = dict.fromkeys((_FUNCTION_NAME, _FUNCTION_DOMAIN), "")
+                texts.update(self._texts(begin, end, texts))
+                self._functions.add((texts[_FUNCTION_DOMAIN], texts[_FUNCTION_NAME]))
+        for field, begin, end in parts:
+            if field == _MODEL_GRAPH:
+                self._graph(begin, end, 0)
+            elif field == _MODEL_FUNCTIONS:
+                for inner, first, last in _fields(self._view, begin, end):
+                    if inner == _FUNCTION_NODE:
+                        self._node(first, last, 0)
+
+    def _graph(self, begin: int, end: int, depth: int) -> None:
+        if depth > _DEEPEST:
+            raise _Malformed("graphs nested too deeply")
+        for field, first, last in _fields(self._view, begin, end):
+            if field == _GRAPH_NODE:
+                self._node(first, last, depth)
+            elif field == _GRAPH_INITIALIZER:
+                self._tensor(first, last)
+
+    def _node(self, begin: int, end: int, depth: int) -> None:
+        texts = dict.fromkeys((_NODE_OP, _NODE_DOMAIN), "")
+        texts.update(self._texts(begin, end, texts))
+        operator, domain = texts[_NODE_OP], texts[_NODE_DOMAIN]
+        if domain not in _DOMAINS and (domain, operator) not in self._functions:
+            raise ArtifactError(
+                f"{self._path}: needs the operator '{domain}::{operator}', which is neither standard nor a function of "
+                "the file; export it with wsss-export"
+            )
+        for field, first, last in _fields(self._view, begin, end):
+            if field == _NODE_ATTRIBUTE:
+                for inner, low, high in _fields(self._view, first, last):
+                    if inner in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                        self._tensor(low, high)
+                    elif inner in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                        self._graph(low, high, depth + 1)
+
+    def _tensor(self, begin: int, end: int) -> None:
+        sides: list[int] = []
+        kind, raw, external, name = 0, None, {}, ""
+        for field, first, last in _fields(self._view, begin, end):
+            if field == _TENSOR_DIMS:
+                # One number, or many packed into bytes; both are numbers between the two positions.
+                while first < last:
+                    value, first = _varint(self._view, first, last)
+                    sides.append(value)
+            elif field == _TENSOR_TYPE:
+                kind = _varint(self._view, first, last)[0]
+            elif field == _TENSOR_RAW:
+                raw = last - first
+            elif field == _TENSOR_NAME:
+                name = bytes(self._view[first:last]).decode()
+            elif field == _TENSOR_EXTERNAL:
+                texts = self._texts(first, last, (1, 2))
+                external[texts.get(1, "")] = texts.get(2, "")
+        declared = math.prod(sides) * _ITEM.get(kind, 0)
+        if external:
+            self._outside(name, external, declared)
+        elif declared > len(self._view) or (raw is not None and kind in _ITEM and raw != declared):
+            raise ArtifactError(
+                f"{self._path}: tensor '{name[:80]}' declares {' x '.join(map(str, sides[:8]))} elements, which the "
+                "file has not; it is damaged or hostile: export it again"
+            )
+
+    def _outside(self, name: str, external: dict[str, str], declared: int) -> None:
+        """Data in another file: it has to lie in the same folder and to be there."""
+        location = external.get("location", "")
+        relative = PurePosixPath(location)
+        folder = self._path.parent.resolve()
+        target = folder / location if location and "\0" not in location else folder
+        inside = not relative.is_absolute() and not PureWindowsPath(location).drive and ".." not in relative.parts
+        if not inside or "\\" in location or target == folder or folder not in target.resolve().parents:
+            raise ArtifactError(
+                f"{self._path}: tensor '{name[:80]}' asks for data in '{location[:200]}', outside of the model's "
+                "folder; refused: use a file of wsss-export, which holds all of its data"
+            )
+        try:
+            offset, length = int(external.get("offset", "0")), int(external.get("length", declared))
+            size = target.stat().st_size
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{self._path}: its data file '{location}' cannot be used ({error}); copy both"
+            ) from error
+        if offset < 0 or length < declared or offset + length > size:
+            raise ArtifactError(f"{self._path}: its data file '{location}' is cut short ({size} bytes); copy it again")
+
+    def _texts(self, begin: int, end: int, wanted: Iterable[int]) -> dict[int, str]:
+        """Short text fields of a message by number."""
+        numbers = set(wanted)
+        return {
+            field: bytes(self._view[first : min(last, first + 4096)]).decode()
+            for field, first, last in _fields(self._view, begin, end)
+            if field in numbers
+        }
+
+
+def _fields(view: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Fields of a message between two positions: number, and where its content begins and ends."""
+    position = begin
+    while position < end:
+        tag, position = _varint(view, position, end)
+        field, wire = tag >> 3, tag & 7
+        if field == 0:
+            raise _Malformed("field number 0")
+        if wire == _VARINT:
+            first = position
+            _, position = _varint(view, position, end)
+        elif wire == _BYTES:
+            length, first = _varint(view, position, end)
+            position = first + length
+        elif wire in (_FIXED64, _FIXED32):
+            first, position = position, position + (8 if wire == _FIXED64 else 4)
+        else:
+            raise _Malformed(f"wire type {wire}")
+        if position > end:
+            raise _Malformed("a part goes beyond its end")
+        yield field, first, position
+
+
+def _varint(view: memoryview, position: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= end:
+            raise _Malformed("it ends inside a number")
+        byte = view[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _Malformed("a number of more than 64 bits")
