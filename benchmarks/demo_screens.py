@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--look", choices=LOOKS, action="append", help="only this one")
     arguments = parser.parse_args()
     import axe_playwright_python
 
@@ -118,8 +119,8 @@ def main() -> None:
         threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for look, options in LOOKS.items():
-            context = browser.new_context(**options)
+        for look in arguments.look or LOOKS:
+            context = browser.new_context(**LOOKS[look])
             context.set_default_timeout(120_000)
             page = context.new_page()
             page.goto(address)

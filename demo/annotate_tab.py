@@ -10,9 +10,11 @@ from pathlib import Path
 
 import gradio as gr
 
+from demo import markup
 from demo.annotating import Annotating
 from demo.folder import AnnotatedFolder
 from demo.registry import Models
+from demo.segment_tab import html as heading
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -22,6 +24,7 @@ def annotate_tab(folder: AnnotatedFolder, models: Models) -> None:
     html, css, script = (
         (_ASSETS / f"annotate.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
     )
+    heading(markup.title("Annotate", "Every stroke is saved at once, in the layout that wsss-train reads."))
     gr.HTML(
         html_template=html,
         css_template=css,

@@ -27,7 +27,7 @@ def compare_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, 
         with gr.Column(scale=2, min_width=300):
             upload = image_input("compare-upload")
             first = model_choice(models, "compare-first", "First model")
-            second = model_choice(models, "compare-second", "Second model")
+            second = model_choice(models, "compare-second", "Second model", place=1)
         with gr.Column(scale=3, min_width=300):
             message = html(markup.hint(), elem_id="compare-message")
             with gr.Column(visible=False, elem_id="compare-results") as results:

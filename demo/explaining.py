@@ -15,6 +15,8 @@ from wsss_deploy.pairwise import affinity
 from wsss_deploy.pairwise.guides import make_guide
 
 _MARK = 7
+#: Small images are drawn larger, so that the mark does not hide what is around it.
+_LEAST_SIDE = 512
 
 
 def influence(image: npt.NDArray[np.uint8], settings: Refinement, row: int, column: int) -> npt.NDArray[np.float64]:
@@ -81,9 +83,15 @@ def listening(
     rows, columns = np.indices(heard.shape)
     distance = float((heard * np.hypot(rows - row, columns - column)).sum() / heard.sum())
     # The root makes the many small weights visible beside the few large ones.
-    picture = tinted(shown, np.sqrt(heard / heard.max()))
+    picture = tinted(enlarged(shown), np.sqrt(heard / heard.max()))
     _mark(picture, (column + 0.5) / width * picture.width, (row + 0.5) / height * picture.height)
     return Listening(picture, int(np.searchsorted(ordered, 0.9 * ordered[-1])) + 1, distance)
+
+
+def enlarged(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The image (H, W, 3) a whole number of times as large, at least about `_LEAST_SIDE` pixels long."""
+    times = max(1, _LEAST_SIDE // max(image.shape[:2]))
+    return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def tinted(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> Image.Image:

@@ -23,14 +23,18 @@ STAGES = {
 #: For gradio's own components: images in their own shape up to a height, room for an upload that is no image, and a
 #: chosen tab that can be read (its accent colour has too little contrast).
 _PAGE_STYLE = """
-:is(#upload, #overlay, #confidence, #why-upload, #compare-upload, #compare-left, #compare-right, #compare-difference)
+:is(#upload, #overlay, #confidence, #why-upload, #why-pixel, #why-activation, #compare-upload, #compare-left,
+  #compare-right, #compare-difference, #train-preview)
   :is(.image-frame, .upload-container, .image-container > button) {
   width: 100% !important; }
-:is(#upload, #overlay, #confidence, #why-upload, #compare-upload, #compare-left, #compare-right, #compare-difference)
+:is(#upload, #overlay, #confidence, #why-upload, #why-pixel, #why-activation, #compare-upload, #compare-left,
+  #compare-right, #compare-difference, #train-preview)
   img { width: 100%; height: auto; min-height: 6rem; max-height: min(62vh, 560px);
   object-fit: contain; }
-:is(#overlay, #confidence, #compare-left, #compare-right, #compare-difference).fullscreen img {
+:is(#overlay, #confidence, #why-pixel, #why-activation, #compare-left, #compare-right, #compare-difference,
+  #train-preview).fullscreen img {
   height: 100vh; max-height: none; }
+@media (max-width: 600px) { #tabs .tab-container button { padding-inline: 0.45rem; font-size: 0.85rem; } }
 [role=tab][aria-selected=true] { color: var(--body-text-color); }
 """
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
@@ -310,7 +314,11 @@ dd { margin: 0; color: var(--body-text-color); overflow-wrap: anywhere; }
 table + table { margin-top: 1rem; }
 .steps { display: flex; align-items: center; gap: 0.75rem; margin: 0.6rem 0; color: var(--body-text-color);
   font-variant-numeric: tabular-nums; }
-progress { flex: 1; max-width: 20rem; accent-color: #0f766e; }
+progress { flex: 1; max-width: 20rem; height: 0.6rem; appearance: none; border: 0; border-radius: 4px; overflow: hidden;
+  background: var(--border-color-primary); }
+progress::-webkit-progress-bar { background: none; }
+progress::-webkit-progress-value { background: #0f766e; }
+progress::-moz-progress-bar { background: #0f766e; }
 .chart { margin: 0 0 0.5rem; color: var(--body-text-color); }
 .chart figcaption { font-size: 0.92rem; font-weight: 600; }
 .chart svg { display: block; width: 100%; height: auto; margin: 0.3rem 0; }

@@ -40,9 +40,11 @@ def image_input(elem_id: str) -> gr.Image:
     )
 
 
-def model_choice(models: Models, elem_id: str, label: str = "Model") -> gr.Dropdown:
-    """A list of the models; who handles its value looks it up again."""
-    return gr.Dropdown(models.keys(), value=models.default(), label=label, elem_id=elem_id, filterable=False)
+def model_choice(models: Models, elem_id: str, label: str = "Model", place: int = 0) -> gr.Dropdown:
+    """A list of the models, at first at that place; who handles its value looks it up again."""
+    keys = models.keys()
+    value = keys[min(place, len(keys) - 1)] if keys else None
+    return gr.Dropdown(keys, value=value, label=label, elem_id=elem_id, filterable=False)
 
 
 def segment_tab(
@@ -101,9 +103,9 @@ def segment_tab(
                         html(markup.scale())
                 legend = html(elem_id="legend", container=True, padding=True)
                 with gr.Row():
-                    download = gr.DownloadButton("Mask (PNG)", elem_id="download", min_width=120)
-                    coco = gr.DownloadButton("COCO (JSON)", elem_id="download-coco", min_width=120)
-                    picture = gr.DownloadButton("Overlay (JPEG)", elem_id="download-overlay", min_width=120)
+                    download = gr.DownloadButton("Download mask", elem_id="download", min_width=120)
+                    coco = gr.DownloadButton("Download COCO", elem_id="download-coco", min_width=120)
+                    picture = gr.DownloadButton("Download overlay", elem_id="download-overlay", min_width=120)
                 timing = html(elem_id="timing", container=True, padding=True)
     with gr.Accordion("About this model", open=False, elem_id="card"):
         card = html(about)

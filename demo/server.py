@@ -141,4 +141,11 @@ def _theme() -> gr.themes.ThemeClass:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(body_text_color_subdued="*neutral_500")  # the default is too pale to read on white
+    ).set(
+        # The defaults are too pale to be read: grey on white, and white on the button.
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )

@@ -8,7 +8,7 @@ import gradio as gr
 
 from demo import markup
 from demo.comparing import REACHES, Unrefined, changed_share, refinement_of
-from demo.explaining import listening, loudest_class, tinted
+from demo.explaining import enlarged, listening, loudest_class, tinted
 from demo.files import PageFiles, explain
 from demo.registry import Models
 from demo.segment_tab import KEPT_SECONDS, html, image_input, model_choice
@@ -155,7 +155,7 @@ class _Handlers:
         """The place of a click as values of the two sliders."""
         if kept is None:
             return gr.skip(), gr.skip()
-        height, width = kept.image.shape[:2]
+        height, width = enlarged(kept.image).shape[:2]
         x, y = event.index
         return round(200 * x / width) / 2, round(200 * y / height) / 2
 

@@ -29,7 +29,7 @@ def test_a_pixel_listens_to_its_own_side_of_an_edge():
     heard = influence(image, refinement_of(5, 2, "near"), 16, 12)
     assert heard[:, :16].sum() > 0.95
     found = listening(image, image, refinement_of(5, 2, "near"), 12.5 / 32, 0.5)
-    assert found.picture.size == (32, 32)
+    assert found.picture.size == (512, 512)
     assert 1 < found.pixels < 32 * 16
     assert 0 < found.distance < 32
 

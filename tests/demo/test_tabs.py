@@ -73,7 +73,7 @@ def test_why(two_models, visit, half_and_half):
     text_of(page, "#why-told", "30 steps")
 
     page.get_by_role("tab", name="Neighbours of a pixel").click()
-    assert visitor.natural_size("#why-pixel img") == (200, 120)
+    assert visitor.natural_size("#why-pixel img") == (400, 240)  # small images are drawn larger
     before = text_of(page, "#why-listens", "for 90 %")
     box = page.locator("#why-pixel img").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
@@ -94,8 +94,6 @@ def test_compare(two_models, visit, half_and_half):
     page = visitor.page
     visitor.open_tab("Compare")
     page.locator("#compare-upload input[type=file]").set_input_files(half_and_half)
-    text_of(page, "#compare-told", "agree")
-    choose(page, "compare-second", "pair/model.pt")
     told = text_of(page, "#compare-told", "PyTorch")
     agreement = float(re.search(r"([\d.]+) %\s+of the pixels agree", told)[1])
     assert agreement > 99  # the export gives what the network gives
