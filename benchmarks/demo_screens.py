@@ -59,7 +59,7 @@ def open_tabs(page: Page) -> dict[str, Callable[[], None]]:
     def why() -> None:
         page.get_by_role("tab", name="Why", exact=True).click()
         page.locator("#why-told dl").wait_for()
-        page.get_by_role("tab", name="Neighbours of a pixel").click()
+        page.get_by_role("tab", name="Neighbours").click()
         page.locator("#why-pixel img").wait_for()
 
     def compare() -> None:

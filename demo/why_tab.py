@@ -40,13 +40,13 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
         with gr.Column(scale=3, min_width=300):
             message = html(markup.hint(), elem_id="why-message")
             with gr.Column(visible=False, elem_id="why-results") as results, gr.Tabs():
-                with gr.Tab("Before and after"):
+                with gr.Tab("Refinement"):
                     slider = gr.ImageSlider(
                         label="Before | after", show_label=False, interactive=False, elem_id="why-slider",
                         type="filepath", buttons=["fullscreen"],
                     )  # fmt: skip
                     told = html(elem_id="why-told")
-                with gr.Tab("Neighbours of a pixel"):
+                with gr.Tab("Neighbours"):
                     html(
                         markup.note("Choose a pixel, by a click or with the sliders: the light ones decide its class.")
                     )
@@ -58,7 +58,7 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
                         left = gr.Slider(0, 100, value=50, step=0.5, label="From the left, %", elem_id="why-x")
                         top = gr.Slider(0, 100, value=50, step=0.5, label="From the top, %", elem_id="why-y")
                     listens = html(elem_id="why-listens")
-                with gr.Tab("Class activation"):
+                with gr.Tab("Activation"):
                     chosen = gr.Dropdown([], label="Class", elem_id="why-class", filterable=False)
                     activation = gr.Image(
                         interactive=False, show_label=False, elem_id="why-activation", buttons=["fullscreen"],

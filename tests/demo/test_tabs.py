@@ -72,14 +72,14 @@ def test_why(two_models, visit, half_and_half):
     page.locator("#why-iterations input[type=range]").press("End")
     text_of(page, "#why-told", "30 steps")
 
-    page.get_by_role("tab", name="Neighbours of a pixel").click()
+    page.get_by_role("tab", name="Neighbours").click()
     assert visitor.natural_size("#why-pixel img") == (400, 240)  # small images are drawn larger
     before = text_of(page, "#why-listens", "for 90 %")
     box = page.locator("#why-pixel img").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
     page.wait_for_function("Math.abs(document.querySelector('#why-x input[type=range]').value - 25) < 2")
     page.wait_for_function("before => document.querySelector('#why-listens').innerText !== before", arg=before)
-    page.get_by_role("tab", name="Class activation").click()
+    page.get_by_role("tab", name="Activation").click()
     assert visitor.natural_size("#why-activation img") == (200, 120)
     before = page.locator("#why-activation img").get_attribute("src")
     choose(page, "why-class", "star")
