@@ -27,7 +27,7 @@ LOOKS = {
     "narrow": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 1.5, "has_touch": True},
 }
 RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']}"
-MAX_SIDE, QUALITY = 1280, 72
+MAX_SIDE, QUALITY = 1280, 60
 
 
 def prepare(quickstart: Path, folder: Path) -> Path:

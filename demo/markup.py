@@ -326,5 +326,5 @@ progress::-moz-progress-bar { background: #0f766e; }
 .chart .chips { margin: 0; }
 .scale { display: flex; align-items: center; gap: 0.6rem; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .colors { flex: 1; height: 0.7rem; border-radius: 4px; }
-@media (max-width: 600px) { .bar { display: none; } }
+@media (max-width: 600px) { .bar { display: none; } .chart text { font-size: 22px; } }
 """

@@ -25,8 +25,8 @@ from wsss_deploy.files import atomic_write
 SUPERVISIONS = ("auto", "scribbles", "points", "tags", "masks")
 #: Kinds of network by what the page calls them, as arguments of wsss-train.
 NETWORKS: dict[str, tuple[str, ...]] = {
-    "Small, from scratch (nothing is downloaded)": ("--recipe", str(Path(__file__).with_name("small.yaml"))),
-    "Pretrained (timm downloads its weights)": (),
+    "Small, from scratch": ("--recipe", str(Path(__file__).with_name("small.yaml"))),
+    "Pretrained (a download)": (),
 }
 MAX_ITERATIONS = 100_000
 #: Seconds between two writes of the run's log and state; the curves grow this often.
