@@ -33,6 +33,10 @@ class BackendError(WsssError):
     """A runtime that is not installed or cannot run here."""
 
 
+class OutOfMemoryError(BackendError):
+    """A runtime that had no room for a batch; a smaller one may fit."""
+
+
 class RecipeError(WsssError):
     """A training recipe with unknown keys or bad values; lists all of them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from wsss_deploy.artifact import check_path, read_card
 from wsss_deploy.backends import check_device_name, open_backend
 from wsss_deploy.backends.base import Backend
 from wsss_deploy.card import ModelCard, Sizing
-from wsss_deploy.errors import ArtifactError, ImageError, UsageError
+from wsss_deploy.errors import ArtifactError, ImageError, OutOfMemoryError, UsageError
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.refinement import Asked, decide
 from wsss_deploy.segmentation import Segmentation
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more.
 BATCH_PIXELS = 2_000_000
+
+_log = logging.getLogger(__name__)
 
 
 class Segmenter:
@@ -333,7 +336,14 @@ class Segmenter:
 
     def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
         start = time.perf_counter()
-        scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
+        try:
+            scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
+        except OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            _log.warning("A batch of %d images does not fit into memory; half of it is tried", len(batch))
+            middle = len(batch) // 2
+            return [*self._infer(batch[:middle]), *self._infer(batch[middle:])]
         refinement /= len(batch)
         inference = _milliseconds(start) / len(batch) - refinement
         self._check(scores, (len(batch), *batch[0].resized.shape[:2]))

@@ -198,6 +198,38 @@ def test_a_failing_runtime_is_a_clear_error(color_card, picture):
         Segmenter.from_network(Hungry(), color_card).predict(picture)
 
 
+def test_a_batch_that_does_not_fit_is_halved(color_card, picture, caplog):
+    sizes = []
+
+    class Small(torch.nn.Module):
+        def forward(self, image):
+            sizes.append(len(image))
+            if len(image) > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+            return image * 8
+
+    model = Segmenter.from_network(Small(), color_card)
+    results = model.predict_batch([picture] * 7)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    for result in results:
+        np.testing.assert_array_equal(result.mask, strongest(picture))
+    assert "does not fit into memory" in caplog.text
+
+    class Full(torch.nn.Module):
+        def forward(self, image):
+            raise RuntimeError("std::bad_alloc")
+
+    with pytest.raises(BackendError, match=r"with images of 1 x 40 x 60 \(std::bad_alloc\); use smaller batches"):
+        Segmenter.from_network(Full(), color_card).predict_batch([picture] * 2)
+
+
+def test_masks_alone_are_those_of_predict(any_segmenter, picture):
+    images = [picture, RNG.integers(0, 256, (300, 200, 3), dtype=np.uint8), picture]
+    masks = any_segmenter.predict_masks(images)
+    for mask, result in zip(masks, any_segmenter.predict_batch(images), strict=True):
+        np.testing.assert_array_equal(mask, result.mask)
+
+
 def test_describe(any_segmenter):
     told = any_segmenter.describe()
     assert told["device"] == "cpu"

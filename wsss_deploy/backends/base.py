@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wsss_deploy.errors import BackendError, OutOfMemoryError
+
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
 
@@ -60,6 +62,18 @@ class Backend(Protocol):
     def describe(self) -> dict[str, Any]:
         """What really runs: runtime and version, device, precision, threads; plain data."""
         ...
+
+
+def failure(message: str, reason: str) -> BackendError:
+    """The error for a runtime's failure: of its own class where memory was short.
+
+    Args:
+        message: For the user.
+        reason: What the runtime said.
+    """
+    words = reason.lower()
+    short = any(text in words for text in ("out of memory", "bad_alloc", "bad allocation", "failed to allocate"))
+    return OutOfMemoryError(message) if short else BackendError(message)
 
 
 class Availability(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsss_deploy.artifact import read_card
-from wsss_deploy.backends.base import Output
+from wsss_deploy.backends.base import Output, failure
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.onnx_check import check_onnx
 
@@ -114,9 +114,10 @@ class OnnxRuntimeBackend:
             return self._session.run([name], {"image": images})[0]
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
-            raise BackendError(
+            raise failure(
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
-                "use smaller batches, a smaller sizing or another device"
+                "use smaller batches, a smaller sizing or another device",
+                str(error),
             ) from error
 
     def describe(self) -> dict[str, Any]:

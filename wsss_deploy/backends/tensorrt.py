@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import Output
+from wsss_deploy.backends.base import Output, failure
 from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError
@@ -96,9 +96,9 @@ class TensorRTBackend:
                 parts = [slot.run(images[start : start + most], output) for start in range(0, len(images), most)]
         except (BackendError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
-            raise BackendError(
-                f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
-            ) from error
+            message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
+            # CUDA says cudaErrorMemoryAllocation.
+            raise failure(message, reason.replace("MemoryAllocation", "out of memory")) from error
         finally:
             self._free.put(slot)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wsss_deploy.backends.base import Output
+from wsss_deploy.backends.base import Output, failure
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import BackendError
 from wsss_deploy.networks import DeployedNetwork, SegmentationNetwork
@@ -71,9 +71,10 @@ class TorchBackend:
                 yield
         except (RuntimeError, MemoryError) as error:
             shape = " x ".join(map(str, images.shape[:3]))
-            raise BackendError(
+            raise failure(
                 f"torch failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
-                "use smaller batches, a smaller sizing or another device"
+                "use smaller batches, a smaller sizing or another device",
+                str(error),
             ) from error
 
     def _wait(self) -> None:

@@ -107,7 +107,8 @@ def measure(case: Case) -> dict[str, Any]:
         from wsss_deploy.bench.accuracy import find_pairs, mean_iou
 
         figures["miou"] = mean_iou(segmenter, find_pairs(Path(case.data), case.split, case.images))
-    return {**case.model_dump(), "model": Path(case.model).name, **figures, "ran": segmenter.describe()}
+    told = {**case.model_dump(), "model": Path(case.model).name, "data": case.data and Path(case.data).name}
+    return {**told, **figures, "ran": segmenter.describe()}
 
 
 def _latencies(segmenter: Any, image: Any, runs: int) -> dict[str, float]:
