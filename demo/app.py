@@ -100,8 +100,8 @@ def build_app(
                 page.load(refresh, each, each, **quiet)
         if runs is not None:
             page.runs = runs
-            # One handler for all tabs: its calls are answered in the order in which the tabs were opened.
-            tabs.select(only_while_watched, None, timer, **quiet)
+            # One handler for all tabs, one call at a time, none left out: the tab that was opened last decides.
+            tabs.select(only_while_watched, None, timer, trigger_mode="multiple", concurrency_limit=1, **quiet)
             train.select(show, run, shown, **quiet)
     page.queue(max_size=limits.queue, default_concurrency_limit=4, api_open=False)
     page.state_session_capacity = limits.sessions

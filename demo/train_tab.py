@@ -90,7 +90,7 @@ class _Handlers:
             name = self._runs.start(Settings(supervision, network, iterations))
         except WsssError as error:
             return markup.problem(str(error), "Not started."), *self.show(None)
-        return "", *self.show(name)
+        return "", *self.show(name, select=True)
 
     def stop(self, name: object) -> tuple[Any, ...]:
         """Stop a run."""
@@ -108,8 +108,12 @@ class _Handlers:
             return markup.problem(str(error), "Not resumed."), *self.show(name)
         return "", *self.show(name)
 
-    def show(self, name: object) -> tuple[Any, ...]:
-        """The values of all outputs; a run that is not known means the newest one."""
+    def show(self, name: object, select: bool = False) -> tuple[Any, ...]:
+        """The values of all outputs; a run that is not known means the newest one.
+
+        The choice of the run stays as it is in the browser, unless `select`: an answer that was long under way would
+        else take back what was chosen meanwhile.
+        """
         states = self._runs.states()
         names = [known for known, _ in states]
         chosen = name if name in names else next(iter(names), None)
@@ -121,7 +125,7 @@ class _Handlers:
         except WsssError as error:
             problem = markup.problem(str(error), "")
         return (
-            gr.Dropdown(choices=names, value=chosen, visible=bool(names)),
+            gr.Dropdown(choices=names, visible=bool(names), **({"value": chosen} if select or chosen != name else {})),
             labels,
             problem if run is None else markup.run_status(run),
             "" if run is None else self._charts(run),

@@ -41,8 +41,9 @@ def test_fifty_uploads_at_once(address, stripes):
         stripes(f"{index}.png", WIDTH, HEIGHT, *[red, blue, blue, red][: 2 + index % 3]).read_bytes()
         for index in range(PEOPLE)
     ]
-    events = json.load(request(f"{address}/config"))["dependencies"]
-    event = next(event for event in events if event["targets"][0][1] == "change")["id"]
+    config = json.load(request(f"{address}/config"))
+    event = next(event for event in config["dependencies"] if event["targets"][0][1] == "change")["id"]
+    model = next(part["props"]["value"] for part in config["components"] if part["props"].get("elem_id") == "model")
     order: list[int] = []
     lock = threading.Lock()
     slowest = 0.0
@@ -50,7 +51,7 @@ def test_fifty_uploads_at_once(address, stripes):
 
     def join(index: int, path: str) -> None:
         image = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = json.dumps({"fn_index": event, "session_hash": f"load{index}", "data": [image, 0.5, "colours"]})
+        body = json.dumps({"fn_index": event, "session_hash": f"load{index}", "data": [image, 0.5, model]})
         request(f"{address}/gradio_api/queue/join", body.encode()).close()
 
     def wait(index: int) -> dict:
