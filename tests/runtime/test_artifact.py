@@ -171,8 +171,8 @@ def test_foreign_files_say_what_is_missing(tmp_path, color_card):
     cases.append((tmp_path / "swapped.pt", "not a zip file"))
     (tmp_path / "empty.pt").touch()
     cases.append((tmp_path / "empty.pt", "is empty"))
-    (tmp_path / "model.engine").write_bytes(b"1234")
-    cases.append((tmp_path / "model.engine", r"'\.engine', known are \.pt and \.onnx"))
+    (tmp_path / "model.tflite").write_bytes(b"1234")
+    cases.append((tmp_path / "model.tflite", r"'\.tflite', known are \.pt, \.onnx, \.engine"))
     cases.append((tmp_path, "is a folder"))
     cases.append((tmp_path / "absent.pt", "no such model file"))
     for path, expected in cases:

@@ -31,7 +31,7 @@ def test_what_can_run_and_why_not(monkeypatch):
     assert "timm not installed; pip install 'wsss-deploy[train]'" in can_run("torch").reason
     assert "'wsss-deploy[cpu]'" in can_run("onnxruntime").reason
     assert "'wsss-deploy[gpu]'" in can_run("onnxruntime").reason
-    with pytest.raises(UsageError, match="known are onnxruntime, torch"):
+    with pytest.raises(UsageError, match="known are onnxruntime, tensorrt, torch"):
         can_run("caffe")
 
 
@@ -48,8 +48,10 @@ def test_backend_must_fit_the_file(color_onnx, tiny_model):
         Segmenter(color_onnx, backend="torch")
     with pytest.raises(BackendError, match=r"backend onnxruntime runs \.onnx files"):
         Segmenter(tiny_model, backend="onnxruntime")
-    with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
+    with pytest.raises(BackendError, match=r"backend tensorrt runs \.engine files"):
         Segmenter(tiny_model, backend="tensorrt")
+    with pytest.raises(UsageError, match="unknown backend 'caffe'"):
+        Segmenter(tiny_model, backend="caffe")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:1", ""])
