@@ -141,7 +141,8 @@ class Visitor:
         route.abort()
 
     def _console(self, message) -> None:
-        if message.type == "error":
+        # As below: gradio reports the streams that a reload of the page ends.
+        if message.type == "error" and not message.text.startswith("AbortError: signal is aborted"):
             self.problems.append(f"console error: {message.text} {message.location}")
 
     def _failed(self, request) -> None:
