@@ -16,7 +16,7 @@ from wsss_deploy.pairwise.guides import make_guide
 
 _MARK = 7
 #: Small images are drawn larger, so that the mark does not hide what is around it.
-_LEAST_SIDE = 512
+_LEAST_SIDE = 720
 
 
 def influence(image: npt.NDArray[np.uint8], settings: Refinement, row: int, column: int) -> npt.NDArray[np.float64]:

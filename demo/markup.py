@@ -20,8 +20,9 @@ STAGES = {
     "refinement": "Refinement",
     "post": "Scores to mask",
 }
-#: For gradio's own components: images in their own shape up to a height, room for an upload that is no image, and a
-#: chosen tab that can be read (its accent colour has too little contrast).
+#: For gradio's own components: images in their own shape up to a height, room for an upload that is no image, room for
+#: all tabs on a phone, and a chosen tab that can be read (its accent colour has too little contrast). An image that is
+#: clicked is never shown enlarged: gradio's arithmetic of the place of a click knows shrinking only.
 _PAGE_STYLE = """
 :is(#upload, #overlay, #confidence, #why-upload, #why-pixel, #why-activation, #compare-upload, #compare-left,
   #compare-right, #compare-difference, #train-preview)
@@ -31,10 +32,13 @@ _PAGE_STYLE = """
   #compare-right, #compare-difference, #train-preview)
   img { width: 100%; height: auto; min-height: 6rem; max-height: min(62vh, 560px);
   object-fit: contain; }
+#why-pixel img { object-fit: scale-down !important; }
 :is(#overlay, #confidence, #why-pixel, #why-activation, #compare-left, #compare-right, #compare-difference,
   #train-preview).fullscreen img {
   height: 100vh; max-height: none; }
-@media (max-width: 600px) { #tabs .tab-container button { padding-inline: 0.45rem; font-size: 0.85rem; } }
+@media (max-width: 600px) {
+  #tabs .tab-container button { padding-inline: 0.4rem; font-size: 0.8rem; }
+  .gradio-container > .main.app { padding-inline: 0.8rem; } }
 [role=tab][aria-selected=true] { color: var(--body-text-color); }
 """
 _RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}

@@ -73,10 +73,11 @@ def test_why(two_models, visit, half_and_half):
     text_of(page, "#why-told", "30 steps")
 
     page.get_by_role("tab", name="Neighbours").click()
-    assert visitor.natural_size("#why-pixel img") == (400, 240)  # small images are drawn larger
+    assert visitor.natural_size("#why-pixel img") == (600, 360)  # small images are drawn larger
     before = text_of(page, "#why-listens", "for 90 %")
     box = page.locator("#why-pixel img").bounding_box()
-    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    shrunk = min(box["width"] / 600, box["height"] / 360, 1)  # the image lies in the middle of its box
+    page.mouse.click(box["x"] + box["width"] / 2 - shrunk * 600 / 4, box["y"] + box["height"] / 2)
     page.wait_for_function("Math.abs(document.querySelector('#why-x input[type=range]').value - 25) < 2")
     page.wait_for_function("before => document.querySelector('#why-listens').innerText !== before", arg=before)
     page.get_by_role("tab", name="Activation").click()
