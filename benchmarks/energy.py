@@ -138,7 +138,8 @@ def measure_step(strides: tuple[int, ...], repeats: int) -> dict[str, Any]:
     fabric = make_fabric(build_recipe({"device": "cpu", "method": {"name": "gated_crf"}}))
     labels = torch.where(torch.rand(8, 256, 256) < 0.02, torch.randint(CLASSES, (8, 256, 256)), 255)
     valid = torch.ones(8, 256, 256, dtype=torch.bool)
-    batch = Batch(torch.randn(8, 3, 256, 256), labels, valid, torch.full((8, CLASSES), torch.nan))
+    unknown, labelled = torch.full((8, CLASSES), torch.nan), torch.ones(8, CLASSES, dtype=torch.bool)
+    batch = Batch(torch.randn(8, 3, 256, 256), labels, valid, unknown, labelled)
 
     def step(method):
         started = time.process_time()
