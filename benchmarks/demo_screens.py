@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ LOOKS = {
     "narrow": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 1.5, "has_touch": True},
 }
 RULES = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']}"
+SERIOUS = ("serious", "critical")
 MAX_SIDE, QUALITY = 1280, 60
 
 
@@ -98,11 +100,13 @@ def save(page: Page, target: Path) -> None:
     raw.unlink()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--look", choices=LOOKS, action="append", help="only this one")
+    parser.add_argument("--json", type=Path, help="write the findings, a list for each tab and look")
+    parser.add_argument("--check", action="store_true", help="exit 1 when axe-core has a serious or critical finding")
     arguments = parser.parse_args()
     import axe_playwright_python
 
@@ -111,6 +115,7 @@ def main() -> None:
     from demo.server import listen, make_server
 
     script = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
     models = [arguments.quickstart / name for name in ("model.onnx", "model.pt")]
     with tempfile.TemporaryDirectory() as folder, listen("127.0.0.1", 0) as listener, sync_playwright() as playwright:
         data = prepare(arguments.quickstart, Path(folder))
@@ -127,13 +132,21 @@ def main() -> None:
             for name, open_tab in open_tabs(page).items():
                 open_tab()
                 save(page, arguments.out / f"demo_{name}_{look}.webp")
-                for finding in findings(page, script):
+                found[f"{name} {look}"] = findings(page, script)
+                for finding in found[f"{name} {look}"]:
                     print(f"{name} {look}: {finding}", flush=True)
             context.close()
         browser.close()
         server.should_exit = True
         page_app.runs.close()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    serious = [f"{where}: {text}" for where, texts in found.items() for text in texts if text.startswith(SERIOUS)]
+    print(f"{len(found)} pictures, {sum(map(len, found.values()))} findings, {len(serious)} serious or critical")
+    for line in serious if arguments.check else ():
+        print(f"MISSED: {line}")
+    return 1 if arguments.check and serious else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.refinement_scores import GUIDES, Candidate, Model, load, mean_gain, measure
+from benchmarks._refinement_scores import GUIDES, Candidate, Model, load, mean_gain, measure
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import load_model
 from wsss_deploy.card import Sizing
