@@ -8,17 +8,18 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from demo.folder import KINDS, AnnotatedFolder, Conflict, as_mapping, decode_runs, encode_runs
+from demo.folder import KINDS, AnnotatedFolder, Color, Conflict, as_mapping, decode_runs, encode_runs
 from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE
-from wsss_deploy.card import IGNORE_INDEX, ModelCard
+from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.drawing import is_background
 from wsss_deploy.errors import WsssError
 from wsss_deploy.refinement import STRONG, Refiner
 from wsss_deploy.segmentation import Segmentation
@@ -166,7 +167,7 @@ class Annotating:
         scores = _with_strokes(result, [self._folder.labels(name, kind, result.mask.shape) for kind in reversed(KINDS)])
         mask = best_class(scores, *_shown_size(result.mask.shape))[0]
         return {
-            "image": _address(_tint(mask, self._models.open(model).card), "PNG"),
+            "image": _address(_tint(mask, self._folder.classes, self._folder.palette), "PNG"),
             "model": model,
             "confidence": round(1 - self._uncertainty[model, name], 4),
             "milliseconds": round(sum(result.timing.values()), 1),
@@ -216,9 +217,11 @@ def _with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) ->
     return Refiner(STRONG, threads=1)(scores[None], small[None])[0]
 
 
-def _tint(mask: npt.NDArray[np.uint8], card: ModelCard) -> Image.Image:
-    colors = np.asarray(card.palette, np.uint8)
-    return Image.fromarray(np.dstack([colors[mask], np.full(mask.shape, 255, np.uint8)]))
+def _tint(mask: npt.NDArray[np.uint8], classes: Sequence[str], palette: Sequence[Color]) -> Image.Image:
+    """The mask in the brushes' colours; background stays clear."""
+    named = zip(classes, palette, strict=True)
+    colors = np.array([(*color, 0 if is_background(name) else 255) for name, color in named], np.uint8)
+    return Image.fromarray(colors[mask])
 
 
 def _shown_size(shape: tuple[int, int]) -> tuple[int, int]:

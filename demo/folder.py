@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wsss_deploy.card import IGNORE_INDEX, default_palette, palette_bytes
+from wsss_deploy.card import IGNORE_INDEX, palette_bytes
 from wsss_deploy.drawing import is_background
 from wsss_deploy.errors import DataError, ImageError, UsageError
 from wsss_deploy.files import atomic_write
-from wsss_deploy.image_files import find_images
+from wsss_deploy.image_files import find_images, read_palette
 from wsss_deploy.images import load_image
 from wsss_deploy.segmentation import write_png
 
@@ -70,6 +70,7 @@ class AnnotatedFolder:
                 raise UsageError(f"--data {root}: {names} have one name and would share their labels; rename one")
             self._images[path.stem] = path
         self._lock = threading.Lock()
+        self._palettes: dict[tuple[str, ...], tuple[Color, ...]] = {}
 
     @property
     def name(self) -> str:
@@ -94,8 +95,14 @@ class AnnotatedFolder:
 
     @property
     def palette(self) -> tuple[Color, ...]:
-        """Colours by class id."""
-        return default_palette(len(self.classes))
+        """Colours by class id: those of labels that are there already, else the VOC colour map."""
+        classes = self.classes
+        known = self._palettes.get(classes)
+        if known is None:
+            folders = (self.root / kind for kind in _LABEL_FOLDERS)
+            files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.png"))[:1]]
+            known = self._palettes[classes] = read_palette(files, len(classes))
+        return known
 
     def name_classes(self, text: str) -> tuple[str, ...]:
         """Write classes.txt, once: labels that exist would change their meaning.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from wsss_deploy.card import default_palette
 from wsss_deploy.errors import ImageError
 
 
@@ -55,3 +56,29 @@ def _images(paths: Iterable[Path]) -> Iterable[Path]:
     return (
         path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
     )
+
+
+def read_palette(paths: Sequence[Path], classes: int) -> tuple[tuple[int, int, int], ...]:
+    """The colours of the first file that has a usable palette, else the VOC colour map.
+
+    A palette is usable when it tells the classes apart and is not the grey ramp that some programs add.
+
+    Args:
+        paths: Candidates; only the first few are opened.
+        classes: Number of classes K.
+    """
+    default = default_palette(classes)
+    for path in paths[:3]:
+        try:
+            with Image.open(path) as image:
+                flat = image.getpalette("RGB") if image.mode == "P" else None
+        except Exception:  # damaged files are reported where their labels are read
+            flat = None
+        if not flat:
+            continue
+        found = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, min(len(flat), 3 * classes) - 2, 3)]
+        colors = (*found, *default[len(found) :])
+        ramp = all(color == (index, index, index) for index, color in enumerate(colors))
+        if len(set(colors)) == classes and not ramp:
+            return colors
+    return default

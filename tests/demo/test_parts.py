@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
 
@@ -11,8 +13,10 @@ from PIL import Image
 
 from demo import Limits
 from demo.colormap import ANCHORS, colorize
+from demo.folder import AnnotatedFolder
 from demo.markup import legend
 from demo.models import find_examples, find_model
+from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE, confidence_image, segment_upload, shown, uploaded_file
 from demo.server import is_loopback, listen
 from wsss_deploy.errors import ImageError, UsageError, WsssError
@@ -122,3 +126,23 @@ def test_only_uploads_are_read(tmp_path):
     for path in (*outside, *inside):
         with pytest.raises(ImageError, match="no uploaded file"):
             uploaded_file({"path": path}, uploads)
+
+
+def test_predictions_have_the_colours_of_the_brushes(color_segmenter, stripes, tmp_path):
+    from demo.annotating import Annotating
+
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "masks").mkdir()
+    stripes("photo.png", 60, 40, (250, 10, 10), (10, 10, 250)).rename(data / "images" / "photo.png")
+    mask = Image.fromarray(np.zeros((40, 60), np.uint8))
+    brushes = [(9, 9, 9), (1, 200, 2), (3, 4, 205)]
+    mask.putpalette([value for color in brushes for value in color])
+    mask.save(data / "masks" / "other.png")
+    (data / "classes.txt").write_text("\n".join(color_segmenter.card.classes) + "\n")
+    folder = AnnotatedFolder(data)
+    assert folder.palette == tuple(brushes)
+    functions = {each.__name__: each for each in Annotating(folder, Models(color_segmenter)).functions()}
+    answer = functions["predict"]({"name": "photo"})
+    with Image.open(io.BytesIO(base64.b64decode(answer["image"].partition(",")[2]))) as tint:
+        assert [tint.getpixel((x, 20)) for x in (5, 55)] == [(*brushes[0], 255), (*brushes[2], 255)]

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from training.data.dataset import PIXEL_KINDS, counted
 from training.data.files import FileSource
-from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines, read_palette
+from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
+from wsss_deploy.image_files import read_palette
 
 
 class FolderSource(FileSource):

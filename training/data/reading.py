@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsss_deploy.card import IGNORE_INDEX, default_palette
+from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError, ImageError
 from wsss_deploy.images import load_image
 
@@ -111,32 +111,6 @@ def size_fault(found: tuple[int, int], size: tuple[int, int]) -> str:
         f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]} (width x height){turned}; "
         "labels must have the size of the upright image"
     )
-
-
-def read_palette(paths: list[Path], classes: int) -> tuple[tuple[int, int, int], ...]:
-    """The colours of the first file that has a usable palette, else the VOC colour map.
-
-    A palette is usable when it tells the classes apart and is not the grey ramp that some programs add.
-
-    Args:
-        paths: Candidates; only the first few are opened.
-        classes: Number of classes K.
-    """
-    default = default_palette(classes)
-    for path in paths[:3]:
-        try:
-            with Image.open(path) as image:
-                flat = image.getpalette("RGB") if image.mode == "P" else None
-        except Exception:  # damaged files are reported where their labels are read
-            flat = None
-        if not flat:
-            continue
-        found = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, min(len(flat), 3 * classes) - 2, 3)]
-        colors = (*found, *default[len(found) :])
-        ramp = all(color == (index, index, index) for index, color in enumerate(colors))
-        if len(set(colors)) == classes and not ramp:
-            return colors
-    return default
 
 
 def read_lines(path: Path) -> list[str]:
