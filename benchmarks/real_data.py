@@ -44,6 +44,17 @@ SETTINGS = (
     Setting("voc-points-default", "voc_animals", "points", ""),
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),
+    Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
+    Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
+    Setting("voc-scribbles-dfr", "voc_animals", "scribbles", "dfr"),
+    # How little annotation is enough: parts of the scribbles' length, 0 is a point.
+    *(
+        Setting(
+            f"voc-scribbles-length-{length}", "voc_animals", "scribbles", "gated_crf",
+            extra=("--set", f"simulation.length={length}"),
+        )  # fmt: skip
+        for length in (0.5, 0.3, 0)
+    ),
     Setting("camvid-masks", "camvid", "masks", "supervised"),
     Setting("camvid-scribbles-partial", "camvid", "scribbles", "partial_ce"),
     Setting("camvid-scribbles-gated", "camvid", "scribbles", "gated_crf"),
