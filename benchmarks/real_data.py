@@ -50,9 +50,12 @@ SETTINGS = (
     # How little annotation is enough: parts of the scribbles' length, 0 is a point.
     *(
         Setting(
-            f"voc-scribbles-length-{length}", "voc_animals", "scribbles", "gated_crf",
+            f"voc-scribbles-length-{length}",
+            "voc_animals",
+            "scribbles",
+            "gated_crf",
             extra=("--set", f"simulation.length={length}"),
-        )  # fmt: skip
+        )
         for length in (0.5, 0.3, 0)
     ),
     Setting("camvid-masks", "camvid", "masks", "supervised"),
