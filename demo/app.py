@@ -12,7 +12,6 @@ from demo.registry import Models
 from demo.requirement import require_gradio
 from demo.runs import Runs
 from demo.segmenting import Limits
-from demo.starter import Starter
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -29,7 +28,6 @@ def build_app(
     examples: Sequence[str | os.PathLike[str]] = (),
     limits: Limits | None = None,
     data: str | os.PathLike[str] | None = None,
-    starter: Starter | None = None,
 ) -> gr.Blocks:
     """Build the page.
 
@@ -44,7 +42,6 @@ def build_app(
         limits: What the page accepts; None takes the defaults.
         data: A folder with `images/` that everybody who reaches the page may annotate and train on; None leaves these
             tabs out. `page.runs.close()` stops what trains.
-        starter: What makes a model while the page is there already; started and closed by the caller.
 
     Returns:
         A `gradio.Blocks`, not started.
@@ -66,14 +63,14 @@ def build_app(
     limits = limits or Limits()
     folder = None if data is None else AnnotatedFolder(Path(data))
     runs = None if folder is None else Runs(folder.root)
-    models = _models(model, runs, starter)
+    models = _models(model, runs)
     with GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)) as page:
         files = PageFiles(Path(page.GRADIO_CACHE))
         lists: list[Any] = []
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Segment", id="segment") as segment:
                 offered = [os.fspath(example) for example in examples]
-                upload, choice = segment_tab(page, models, offered, limits, files, starter)
+                upload, choice = segment_tab(page, models, offered, limits, files)
                 lists.append((segment, [choice]))
             with gr.Tab("Why", id="why") as why:
                 why_upload, choice = why_tab(models, limits, files)
@@ -90,7 +87,7 @@ def build_app(
         for tab, own in ((why, why_upload), (comparison, compare_upload)):
             tab.select(None, [own, upload], own, js="(own, first) => own ?? first", api_visibility="private")
         page.load(None, js=_NAMES.read_text(encoding="utf-8"), api_visibility="private")
-        if runs is not None or starter is not None:
+        if runs is not None:
             quiet: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
             refresh = listing(models)
             for tab, choices in lists:
@@ -108,11 +105,11 @@ def build_app(
     return page
 
 
-def _models(model: Any, runs: Runs | None, starter: Starter | None) -> Models:
+def _models(model: Any, runs: Runs | None) -> Models:
     """What was given as models."""
     folder = None if runs is None else runs.folder
     if model is None:
-        return Models(runs=folder, later=None if starter is None else starter.model)
+        return Models(runs=folder)
     if isinstance(model, str | os.PathLike):
         model = [model]
     if not isinstance(model, Sequence):

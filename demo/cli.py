@@ -18,13 +18,12 @@ from typing import NoReturn
 from PIL import Image
 
 from demo.app import build_app
-from demo.models import find_examples, find_model, models_beside
+from demo.models import STARTER, find_examples, find_model, models_beside
 from demo.requirement import require_gradio
 from demo.server import is_loopback, listen, make_server
-from demo.starter import Starter, cache_folder
 from wsss_deploy.backends import RUNTIMES
 from wsss_deploy.cli.common import ArgumentParser, run_command
-from wsss_deploy.errors import UsageError, WsssError
+from wsss_deploy.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -43,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         nargs="?",
         type=Path,
         metavar="MODEL",
-        help="model.onnx or model.pt (default: the one in this folder or in quickstart/, else a small one is trained "
-        "on drawn scenes, once); others beside it are offered",
+        help="model.onnx or model.pt, or a folder that holds some; others beside it are offered (default: this folder "
+        "or quickstart/, else a small network for drawn scenes that comes with the package)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="annotate the images in DIR/images and train on them, in the browser"
@@ -62,7 +61,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             f"--data with --host {arguments.host}: everyone who reaches this machine could change labels and start "
             "training; add --auth USER:PASSWORD"
         )
-    models = _models(arguments.model)
+    models = _models(arguments.model, arguments.data)
     with (
         listen(arguments.host, arguments.port) as listener,
         tempfile.TemporaryDirectory(prefix="wsss-demo-") as cache,
@@ -76,16 +75,13 @@ def _serve(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         # Ended by `kill`, it tidies up as after Ctrl-C; for a server, both are the normal end.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        starter = None if models else _starter(arguments.data)
-        if starter is not None:
-            ending.callback(starter.close)
-        page = build_app(models, find_examples(models[0]) if models else [], data=arguments.data, starter=starter)
+        page = build_app(models, find_examples(models[0]) if models else [], data=arguments.data)
         if arguments.data is not None:
             ending.callback(page.runs.close)
         server = make_server(page, arguments.host, auth)
         if not is_loopback(arguments.host):
             sys.stderr.write(_warning(arguments.host, auth is not None))
-        what = _what(models, arguments.data, starter)
+        what = _what(models, arguments.data)
         sys.stdout.write(f"{what}\nOpen {_address(arguments.host, port)} (Ctrl-C stops)\n")
         sys.stdout.flush()
         logging.getLogger("uvicorn.error").addFilter(_is_news)
@@ -95,33 +91,27 @@ def _serve(arguments: argparse.Namespace) -> None:
             sys.stdout.write("stopped\n")
 
 
-def _models(model: Path | None) -> list[Path]:
-    """The model to open first, and those beside it; none if none is given and none is in the usual places."""
-    model = model or find_model(Path()) or find_model(cache_folder() / "starter")
-    return [] if model is None else [model, *models_beside(model)]
+def _models(model: Path | None, data: Path | None) -> list[Path]:
+    """The model to open first, and those beside it; none where the folder to annotate has models of its own."""
+    if model is not None and model.is_dir():
+        found = find_model(model) or next(iter(models_beside(model / "model")), None)
+        if found is None:
+            raise UsageError(f"{model}: holds no model; expected {' or '.join(f'*{suffix}' for suffix in RUNTIMES)}")
+        model = found
+    model = model or find_model(Path())
+    if model is None:
+        if data is not None and any((data / "runs").glob("run-*/model.*")):
+            return []
+        model = STARTER
+    return [model, *models_beside(model)]
 
 
-def _starter(data: Path | None) -> Starter | None:
-    """What makes a first model, where one is needed; with a folder to annotate, the page is of use without one."""
-    if data is not None and any((data / "runs").glob("run-*/model.*")):
-        return None
-    starter = Starter(cache_folder())
-    try:
-        starter.start()
-    except WsssError:
-        if data is None:
-            raise
-        return None
-    return starter
-
-
-def _what(models: Sequence[Path], data: Path | None, starter: Starter | None) -> str:
+def _what(models: Sequence[Path], data: Path | None) -> str:
     parts = []
     if models:
         others = f" and {len(models) - 1} beside it" if len(models) > 1 else ""
-        parts.append(f"{models[0]}{others}, in {RUNTIMES[models[0].suffix.lower()]}")
-    if starter is not None:
-        parts.append("training a small model on drawn scenes, some minutes, once")
+        name = "the small network for drawn scenes that comes with wsss-deploy" if models[0] == STARTER else models[0]
+        parts.append(f"{name}{others}, in {RUNTIMES[models[0].suffix.lower()]}")
     if data is not None:
         parts.append(f"annotating {data}")
     return ", ".join(parts)

@@ -12,7 +12,6 @@ from wsss_deploy.segmentation import ClassShare
 
 if TYPE_CHECKING:
     from demo.runs import RunStatus
-    from demo.starter import StarterStatus
 
 STAGES = {
     "pre": "Reading and resizing",
@@ -73,18 +72,6 @@ def hint() -> str:
 def problem(message: str, lead: str = "Not segmented.") -> str:
     """A message about something that could not be done."""
     return f'<p class="note problem" role="alert"><strong>{escape(lead)}</strong> {escape(message)}</p>'
-
-
-def starter(status: StarterStatus) -> str:
-    """How far the page's first model is."""
-    if status.state == "failed":
-        return problem(f"{status.note or 'its command ended without a word'}. Pass a model to wsss-demo.", "No model.")
-    return (
-        '<div class="note" role="status"><p><strong>The first model is being trained</strong>, on scenes that the '
-        "computer draws itself; this takes some minutes, once. Then it segments here, without a reload.</p>"
-        f'<p class="steps"><progress max="{status.total}" value="{status.iteration}" aria-label="Iterations">'
-        f"</progress> {status.iteration} of {status.total} iterations</p><p>{escape(status.note)}</p></div>"
-    )
 
 
 def legend(entries: Sequence[ClassShare]) -> str:

@@ -16,10 +16,12 @@ USUAL_MODELS = ("model.onnx", "model.pt", "quickstart/model.onnx", "quickstart/m
 #: Folders beside a model, in this order.
 EXAMPLE_FOLDERS = ("examples", "data/images", "images")
 _MAX_EXAMPLE_BYTES = 4 * 2**20
+#: Opened where there is no other: the network of `wsss-quickstart` with seed 0, and validation scenes beside it.
+STARTER = Path(__file__).parent / "assets" / "starter" / "model.onnx"
 
 
 def find_model(folder: Path) -> Path | None:
-    """The model that is opened when none is named; None if there is none.
+    """The model that is opened where only a folder is known; None if there is none.
 
     Args:
         folder: Where to look.

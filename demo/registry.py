@@ -26,7 +26,6 @@ class Models:
         given: A model that is open already; it stays open.
         files: Further model files.
         runs: Folder of training runs; looked through at every listing, so that new models appear.
-        later: A file that is offered, after all others, as soon as it exists.
     """
 
     def __init__(
@@ -34,12 +33,10 @@ class Models:
         given: Segmenter | None = None,
         files: Sequence[Path] = (),
         runs: Path | None = None,
-        later: Path | None = None,
     ) -> None:
         self._given = given
         self._files = {f"{path.parent.resolve().name}/{path.name}": path for path in files}
         self._runs = runs
-        self._later = later
         self._open: OrderedDict[tuple[Path, bool | None], tuple[float, Segmenter]] = OrderedDict()
         self._lock = threading.Lock()
         self._given_key = None if given is None else str(given.describe()["model"])
@@ -106,6 +103,4 @@ class Models:
         if self._runs is not None and self._runs.is_dir():
             for run in sorted(self._runs.iterdir(), reverse=True):
                 found.update({f"{run.name}/{name}": run / name for name in _FILES if (run / name).is_file()})
-        if self._later is not None and self._later.is_file():
-            found.setdefault(f"{self._later.parent.name}/{self._later.name}", self._later)
         return found

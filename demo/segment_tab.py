@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,8 @@ import gradio as gr
 
 from demo import markup
 from demo.files import PageFiles, explain
-from demo.models import find_examples
 from demo.registry import Models
 from demo.segmenting import Limits, Shown, coco_text, confidence_image, segment_upload, shown, uploaded_file
-from demo.starter import Starter
 from wsss_deploy.errors import WsssError
 
 if TYPE_CHECKING:
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 _DEFAULT_OPACITY = 0.5
 #: Seconds that a visitor's last result is kept.
 KEPT_SECONDS = 3600
-_STARTER_SECONDS = 2.0
 
 html = partial(gr.HTML, css_template=markup.STYLE, apply_default_css=False)
 
@@ -53,7 +49,6 @@ def segment_tab(
     examples: Sequence[str],
     limits: Limits,
     files: PageFiles,
-    starter: Starter | None = None,
 ) -> tuple[Any, Any]:
     """Build the tab inside the current page.
 
@@ -63,7 +58,6 @@ def segment_tab(
         examples: Images that are offered; the first is segmented when the page is opened.
         limits: What is accepted.
         files: Where results go.
-        starter: What makes the first model, if there is none.
 
     Returns:
         Its image input and its list of models.
@@ -132,43 +126,7 @@ def segment_tab(
     quiet: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
     if examples:
         page.load(lambda shown: gr.skip() if shown else examples[0], upload, upload, **quiet)
-    if starter is not None:
-        timer = gr.Timer(_STARTER_SECONDS)
-        waiting = _Waiting(handlers, models, starter)
-        for event in (timer.tick, page.load):
-            event(waiting.show, [upload, model], [message, upload, model, header, card, timer], **quiet)
     return upload, model
-
-
-class _Waiting:
-    """What the tab says until the first model is there.
-
-    Args:
-        handlers: Of the tab.
-        models: Where it will appear.
-        starter: What makes it.
-    """
-
-    def __init__(self, handlers: _Handlers, models: Models, starter: Starter) -> None:
-        self._handlers = handlers
-        self._models = models
-        self._starter = starter
-
-    def show(self, upload: object, chosen: object) -> tuple[Any, ...]:
-        """How far it is; once it is there, the model, and an image that is segmented by it."""
-        status = self._starter.status()
-        keys = self._models.keys()
-        if not keys:
-            ended = gr.Timer(active=status.state == "making")
-            return gr.HTML(markup.starter(status), visible=True), *(gr.skip(),) * 4, ended
-        if chosen in keys:
-            return *(gr.skip(),) * 5, gr.Timer(active=False)
-        image = gr.skip()
-        if not upload and (found := find_examples(self._starter.model, limit=1)):
-            image = os.fspath(found[0])
-        about = self._handlers.about(keys[0])
-        message = gr.HTML(markup.hint(), visible=True)
-        return message, image, gr.Dropdown(choices=keys, value=keys[0]), *about, gr.Timer(active=False)
 
 
 def listing(models: Models) -> Callable[[object], Any]:

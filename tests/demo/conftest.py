@@ -17,12 +17,6 @@ from PIL import Image
 HOSTILE = "<img src=x onerror=window.hacked=1>${6*7}{{value}}"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No test trains a starter model into the user's cache."""
-    monkeypatch.setenv("WSSS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="session")
 def color_segmenter():
     """A model whose right answer is known: the class of a pixel is its strongest colour channel."""
