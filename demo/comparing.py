@@ -11,7 +11,7 @@ from PIL import Image
 from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import PairwiseParameters
-from wsss_deploy.refinement import STRONG, Refiner
+from wsss_deploy.refinement import DEFAULT, STRONG, Refiner
 from wsss_deploy.segmentation import Segmentation
 
 #: How far the refinement looks, in pixels of the network's image, by what the page calls it.
@@ -84,6 +84,21 @@ def refinement_of(iterations: int, sharpness: float, reach: str) -> Refinement:
         normalise=True,
     )
     return Refinement(parameters=parameters, guide="opponent")
+
+
+def controls_of(settings: Refinement | None) -> tuple[int, float, str]:
+    """Where the page's controls stand for a refinement, or as near to it as they come.
+
+    Args:
+        settings: A model's own; None takes what `refine=True` means.
+
+    Returns:
+        Iterations, sharpness and reach, as for `refinement_of`.
+    """
+    parameters = (settings or DEFAULT).parameters
+    reach = min(REACHES, key=lambda name: abs(max(REACHES[name]) - parameters.reach))
+    sharpness = STRONG.parameters.contrast / parameters.contrast
+    return min(parameters.iterations, 30), round(min(max(sharpness, 0.25), 4.0), 2), reach
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from demo import markup
-from demo.comparing import REACHES, Unrefined, changed_share, refinement_of
+from demo.comparing import REACHES, Unrefined, changed_share, controls_of, refinement_of
 from demo.explaining import enlarged, listening, loudest_class, tinted
 from demo.files import PageFiles, explain
 from demo.registry import Models
 from demo.segment_tab import KEPT_SECONDS, html, image_input, model_choice
 from demo.segmenting import SHOWN_SIDE, Limits, segment_upload, uploaded_file
-from wsss_deploy.refinement import DEFAULT
+from wsss_deploy.errors import WsssError
 
 
 def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]:
@@ -29,14 +29,13 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
         with gr.Column(scale=2, min_width=300):
             upload = image_input("why-upload")
             model = model_choice(models, "why-model")
-            steps = gr.Slider(
-                0, 30, value=DEFAULT.parameters.iterations, step=1, label="Iterations", elem_id="why-iterations"
-            )
+            iterations, sharp, far = handlers.own(models.default())
+            steps = gr.Slider(0, 30, value=iterations, step=1, label="Iterations", elem_id="why-iterations")
             sharpness = gr.Slider(
-                0.25, 4, value=1, step=0.05, label="Sharpness",
+                0.25, 4, value=sharp, step=0.05, label="Sharpness",
                 info="how strongly colour edges stop it", elem_id="why-sharpness",
             )  # fmt: skip
-            reach = gr.Radio(list(REACHES), value="middle", label="Reach", elem_id="why-reach")
+            reach = gr.Radio(list(REACHES), value=far, label="Reach", elem_id="why-reach")
         with gr.Column(scale=3, min_width=300):
             message = html(markup.hint(), elem_id="why-message")
             with gr.Column(visible=False, elem_id="why-results") as results, gr.Tabs():
@@ -76,7 +75,9 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
     }
     parameters = [steps, sharpness, reach]
     live: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    for event in (upload.change, model.input):
+    # The image is seen through the model's own refinement first; what is set by hand then stays for other images.
+    chosen_model = model.input(handlers.own, model, parameters, preprocess=False, api_visibility="private")
+    for event in (upload.change, chosen_model.then):
         event(
             handlers.predict,
             [upload, model, *parameters, left, top],
@@ -114,11 +115,18 @@ class _Handlers:
         except Exception as error:
             return self._nothing(explain(error))
 
+    def own(self, key: object) -> tuple[Any, Any, Any]:
+        """Where the controls stand for a model's own refinement; where it cannot be opened, for the default."""
+        try:
+            return controls_of(self._models.open(key, refine=False).card.refinement)
+        except WsssError:  # said where the image is segmented
+            return controls_of(None)
+
     def refine(self, kept: Unrefined | None, steps: Any, sharpness: Any, reach: Any, *place: Any) -> tuple[Any, ...]:
         """Refine the kept scores with other parameters; the network does not run."""
         if kept is None:
             return (gr.skip(),) * 6
-        settings = refinement_of(steps, sharpness, reach)
+        own, settings = kept.card.refinement, refinement_of(steps, sharpness, reach)
         before, after = kept.result(None), kept.result(settings)
         pair = tuple(
             self._files.jpeg(result.overlay(), f"{kept.name}_{when}.jpg")
@@ -128,6 +136,7 @@ class _Handlers:
             {
                 "Left": "as the network gave it",
                 "Right": str(settings) if settings.parameters.iterations else "the same (0 iterations)",
+                "This model's own": str(own) if own is not None and own.enabled else "none",
                 "Changed": f"{100 * changed_share(before, after):.2f} % of the pixels",
             }
         )

@@ -29,7 +29,7 @@ def test_a_pixel_listens_to_its_own_side_of_an_edge():
     heard = influence(image, refinement_of(5, 2, "near"), 16, 12)
     assert heard[:, :16].sum() > 0.95
     found = listening(image, image, refinement_of(5, 2, "near"), 12.5 / 32, 0.5)
-    assert found.picture.size == (512, 512)
+    assert found.picture.size == (704, 704)
     assert 1 < found.pixels < 32 * 16
     assert 0 < found.distance < 32
 
@@ -42,3 +42,13 @@ def test_pictures_and_the_loudest_class():
     picture = np.asarray(tinted(np.full((40, 60, 3), 200, np.uint8), scores[2]), int)
     assert picture.shape == (40, 60, 3)
     assert picture[20, 30].sum() > picture[2, 2].sum()
+
+
+def test_the_controls_start_at_the_models_own_refinement():
+    from demo.comparing import controls_of, refinement_of
+    from wsss_deploy.refinement import DEFAULT, STRONG
+
+    for settings in (DEFAULT, STRONG):
+        assert str(refinement_of(*controls_of(settings))) == str(settings)
+    assert controls_of(None) == controls_of(DEFAULT) == (5, 1.0, "middle")
+    assert controls_of(STRONG) == (8, 1.0, "far")
