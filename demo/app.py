@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Files that the page made are looked through this often and deleted at this age, in seconds.
 _CACHE_CHECK, _CACHE_AGE = 600, 3600
-_NAMES = Path(__file__).parent / "assets" / "names.js"
+_SCRIPTS = tuple(Path(__file__).parent / "assets" / name for name in ("names.js", "paste.js"))
 
 
 def build_app(
@@ -86,7 +86,8 @@ def build_app(
         # The image that was brought to the first tab is there in the others, too; nothing goes over the network.
         for tab, own in ((why, why_upload), (comparison, compare_upload)):
             tab.select(None, [own, upload], own, js="(own, first) => own ?? first", api_visibility="private")
-        page.load(None, js=_NAMES.read_text(encoding="utf-8"), api_visibility="private")
+        for script in _SCRIPTS:
+            page.load(None, js=script.read_text(encoding="utf-8"), api_visibility="private")
         if runs is not None:
             quiet: dict[str, Any] = {"preprocess": False, "show_progress": "hidden", "api_visibility": "private"}
             refresh = listing(models)

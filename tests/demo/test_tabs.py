@@ -90,6 +90,21 @@ def test_why(two_models, visit, half_and_half):
     text_of(page, "#why-learned", "Highest score")
 
 
+def test_paste(two_models, visit, half_and_half, stripes):
+    visitor = visit(two_models)
+    paste = """bytes => {
+        const files = new DataTransfer();
+        files.items.add(new File([Uint8Array.from(bytes)], "pasted.png", {type: "image/png"}));
+        document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: files, bubbles: true}));
+    }"""
+    visitor.page.evaluate(paste, list(half_and_half.read_bytes()))
+    visitor.wait_for_result()
+    assert visitor.natural_size("#overlay img") == (200, 120)
+    second = stripes("second.png", 90, 160, (250, 10, 10), (10, 10, 250))
+    visitor.page.evaluate(paste, list(second.read_bytes()))  # replaces what is there
+    visitor.page.wait_for_function("document.querySelector('#overlay img')?.naturalWidth === 90")
+
+
 def test_compare(two_models, visit, half_and_half):
     visitor = visit(two_models)
     page = visitor.page
