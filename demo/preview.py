@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from wsss_deploy.card import Architecture, ModelCard, Sizing, default_palette
-from wsss_deploy.errors import WsssError
+from wsss_deploy.errors import ImageError, WsssError
 
 if TYPE_CHECKING:
     from wsss_deploy.segmenter import Segmenter
@@ -25,10 +26,12 @@ class Preview:
     Attributes:
         picture: The overlay, at most `SIDE` pixels a side.
         iteration: Steps that the network had taken.
+        name: Of the image.
     """
 
     picture: Image.Image
     iteration: int
+    name: str
 
 
 class Previews:
@@ -37,35 +40,48 @@ class Previews:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._newest: dict[Path, tuple[tuple[float, Path], Preview]] = {}
+        self._unreadable: set[Path] = set()
 
-    def show(self, run: Path, image: Path, classes: tuple[str, ...]) -> Preview | None:
-        """The prediction for an image, made anew when the run has saved another state.
+    def show(self, run: Path, images: Sequence[Path], classes: tuple[str, ...]) -> Preview | None:
+        """The prediction for the first image that can be read, made anew when the run has saved another state.
 
         Args:
             run: The run's folder.
-            image: What to segment.
+            images: What to segment one of.
             classes: Class names by id.
 
         Returns:
-            None where there is nothing to be shown: no state yet, or torch is not installed here.
+            None where there is nothing to be shown: no state yet, no readable image, or torch is not installed
+            here.
         """
         state = run / "checkpoint.pt"
         try:
-            key = (state.stat().st_mtime, image)
+            saved = state.stat().st_mtime
             with self._lock:
+                images = [image for image in images if image not in self._unreadable]
                 known = self._newest.get(run)
-                if known is None or known[0] != key:
-                    known = self._newest[run] = key, _predict(state, image, classes)
-                return known[1]
+                if not images:
+                    return None
+                if known is not None and known[0] == (saved, images[0]):
+                    return known[1]
+                return self._predict(run, images, *_open(state, classes), saved)
         except (OSError, WsssError, ImportError):
             return None
 
-
-def _predict(state: Path, image: Path, classes: tuple[str, ...]) -> Preview:
-    segmenter, iteration = _open(state, classes)
-    picture = segmenter.predict(image).overlay()
-    picture.thumbnail((SIDE, SIDE))
-    return Preview(picture, iteration)
+    def _predict(
+        self, run: Path, images: Sequence[Path], segmenter: Segmenter, iteration: int, saved: float
+    ) -> Preview | None:
+        for image in images:
+            try:
+                picture = segmenter.predict(image).overlay()
+            except ImageError:
+                self._unreadable.add(image)
+                continue
+            picture.thumbnail((SIDE, SIDE))
+            preview = Preview(picture, iteration, image.stem)
+            self._newest[run] = (saved, image), preview
+            return preview
+        return None
 
 
 def _open(state: Path, classes: tuple[str, ...]) -> tuple[Segmenter, int]:

@@ -127,7 +127,7 @@ class _Handlers:
         return (
             gr.Dropdown(choices=names, visible=bool(names), **({"value": chosen} if select or chosen != name else {})),
             labels,
-            problem if run is None else markup.run_status(run),
+            problem if run is None else _origin(run) + markup.run_status(run),
             "" if run is None else self._charts(run),
             self._preview(run),
             markup.run_list(states),
@@ -143,21 +143,21 @@ class _Handlers:
         return markup.note(f"{progress.done} of {progress.total} images are annotated.")
 
     def _preview(self, run: RunStatus | None) -> Any:
-        """What the run's network makes of an image without labels, if there is one."""
+        """What the run's network makes of the first image that can be read, preferably one without labels."""
         hidden = gr.Image(None, visible=False)
         if run is None or run.state not in ("training", "stopping", "stopped"):
             return hidden
         try:
             labelled = self._folder.labelled()
-            name = next((name for name in self._folder.names if name not in labelled), self._folder.names[0])
-            image, classes = self._folder.path(name), self._folder.classes
+            names = sorted(self._folder.names, key=lambda name: name in labelled)
+            images, classes = [self._folder.path(name) for name in names], self._folder.classes
         except WsssError:
             return hidden
-        preview = self._previews.show(self._runs.folder / run.name, image, classes)
+        preview = self._previews.show(self._runs.folder / run.name, images, classes)
         if preview is None:
             return hidden
         picture = self._files.jpeg(preview.picture, f"{run.name}_{preview.iteration}.jpg")
-        return gr.Image(picture, visible=True, label=f"Prediction after {preview.iteration} iterations: {name}")
+        return gr.Image(picture, visible=True, label=f"Prediction after {preview.iteration} iterations: {preview.name}")
 
     @staticmethod
     def _charts(run: RunStatus) -> str:
@@ -165,3 +165,10 @@ class _Handlers:
         quality = {name: points for name, points in run.curves.items() if "miou" in name.lower()}
         drawn = curves(losses, run.settings.iterations, "Loss")
         return drawn + (curves(quality, run.settings.iterations, "Validation") if quality else "")
+
+
+def _origin(run: RunStatus) -> str:
+    """A remark on a run that this demo has not started."""
+    if not run.elsewhere:
+        return ""
+    return markup.note("Started elsewhere: by another wsss-demo, or by one that has ended. Stop works here too.")
