@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import ArgumentParser, run_command, seed_number
 from wsss_deploy.errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -27,23 +27,30 @@ examples:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("wsss-train", "Train a segmenter from weak labels.", _EPILOG)
     parser.add_argument("data", type=Path, metavar="DATA", help="data set folder (see docs/data.md)")
-    parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument(
         "--supervision",
         choices=["masks", "scribbles", "points", "tags", "auto"],
         help="kind of label to train from; auto takes the densest that each image has (default)",
     )
-    parser.add_argument("--recipe", help="YAML file, or name of a packaged recipe, whose values replace the defaults")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
-    parser.add_argument("--method", help="short for --set method.name=...")
-    parser.add_argument("--weights", help="the encoder's start: timm (download), none, or the path of a file")
-    parser.add_argument("--encoder", help="timm model name")
-    parser.add_argument("--iterations", type=int, help="optimiser steps")
     parser.add_argument(
-        "--size", type=int, help="training crop, pixels; the model runs at 1.6 times that (inference_long_side)"
+        "--recipe", metavar="FILE", help="YAML file, or name of a packaged recipe, whose values replace the defaults"
     )
-    parser.add_argument("--batch-size", type=int, help="images a step")
-    parser.add_argument("--seed", type=int, help="seed of everything random")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
+    parser.add_argument("--method", metavar="NAME", help="short for --set method.name=...")
+    parser.add_argument(
+        "--weights", metavar="timm|none|PATH", help="the encoder's start: timm (download), none, or the path of a file"
+    )
+    parser.add_argument("--encoder", metavar="NAME", help="timm model name")
+    parser.add_argument("--iterations", type=int, metavar="N", help="optimiser steps")
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="training crop, pixels; the model runs at 1.6 times that (inference_long_side)",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step")
+    parser.add_argument("--seed", type=seed_number, metavar="N", help="seed of everything random")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train")
     parser.add_argument("--format", default="auto", choices=["auto", "folder", "voc", "coco"], help="data set layout")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint, with OUT's recipe")

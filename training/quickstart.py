@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import ArgumentParser, run_command, seed_number
 from wsss_deploy.errors import ExportError, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -217,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "example:\n  wsss-quickstart --out quickstart",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of scenes and training (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of scenes and training (default: 0)"
+    )
     run_command(parser, _run, argv)
 
 

@@ -141,8 +141,6 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
             raise TrainingError(f"{folder}: no checkpoint to resume from; leave --resume out to start, or check --out")
         _log.info("%s: stopped before its first checkpoint; starting from the beginning", folder)
         resume = False
-    with atomic_write(folder / RECIPE) as file:
-        file.write(dump_recipe(recipe).encode())
     labelled, simulated = prepare_source(source, recipe)
     kinds: Any = "auto" if recipe.supervision == "auto" else (recipe.supervision,)
     names = split_names(labelled, recipe.train_split)
@@ -154,6 +152,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         encoder_options=model.encoder_options,
     )
     if isinstance(recipe.method, TagsSettings):
+        _write_recipe(folder, recipe)
         labelled = add_pseudo_labels(recipe, labelled, folder, show)
         kinds = ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
@@ -184,6 +183,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         return evaluate(segmenter, source, validation, recipe.evaluation.split)
 
     trainer = Trainer(recipe, network, method, dataset, preprocessing, folder, validate)
+    _write_recipe(folder, recipe)  # not earlier: what cannot start leaves nothing that looks like a run
     trained = trainer.run(resume, show)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
     choice = None
@@ -247,6 +247,11 @@ def _claim(folder: Path, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
+
+
+def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    with atomic_write(folder / RECIPE) as file:
+        file.write(dump_recipe(recipe).encode())
 
 
 def _seed(seed: int) -> None:

@@ -8,11 +8,9 @@ iteration, random states and the best result so far. `model.pt` holds what is ne
 from __future__ import annotations
 
 import hashlib
-import pickle
 import random
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -69,7 +67,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
         raise TrainingError(f"{path}: no checkpoint to resume from; leave --resume out to start, or check --out")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+    except Exception as error:  # torch and pickle raise almost anything on files of other kinds
         raise TrainingError(
             f"{path}: damaged or no checkpoint of this package; start again without --resume"
         ) from error

@@ -131,8 +131,8 @@ def _decode(file: BinaryIO, name: str) -> npt.NDArray[np.uint8]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name}: too many pixels ({error}); scale it down or cut it into parts, "
-            "or raise PIL.Image.MAX_IMAGE_PIXELS if that is lower than intended"
+            f"{name}: too many pixels, more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million; scale it down "
+            "or cut it into parts (in Python, PIL.Image.MAX_IMAGE_PIXELS sets the limit)"
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: is not an image in a known format; save it as PNG or JPEG") from error

@@ -134,8 +134,37 @@ def test_bad_files_do_not_open(instances):
     with pytest.raises(DataError, match="categories differ"):
         open_dataset(instances)
     path.write_text('{"images": []}')
-    with pytest.raises(DataError, match="the list 'annotations' is missing"):
+    with pytest.raises(DataError, match="'annotations' is missing or no list"):
         open_dataset(instances)
     write_json(path, [{"id": 9}], [])
     with pytest.raises(DataError, match="an entry of 'images' has no 'file_name'"):
+        open_dataset(instances)
+
+
+def edit(root: Path, change) -> None:
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_images_of_another_size_than_was_annotated(instances):
+    edit(instances, lambda content: content["images"][0].update(width=200, height=100))
+    source = open_dataset(instances)
+    with pytest.raises(DataError, match=r"1.jpg is 200 x 100 there, the file 20 x 10; restore"):
+        source.load_labels("1", "masks")
+
+
+def test_annotations_without_an_image_are_reported(instances):
+    edit(instances, lambda content: content["annotations"].append(annotation(5, 1, [[2, 2, 8, 2, 8, 8]])))
+    (problem,) = [each for each in open_dataset(instances).problems if "not in the list" in each.text]
+    assert "annotations of 1 image" in problem.text
+    assert "id 5" in problem.text
+    assert problem.severity == "remark"  # so are parts of larger sets
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/outside.jpg", "a/../../outside.jpg"])
+def test_images_outside_of_the_data_set_are_refused(instances, name):
+    edit(instances, lambda content: content["images"][0].update(file_name=name))
+    with pytest.raises(DataError, match="lies outside of the data set"):
         open_dataset(instances)

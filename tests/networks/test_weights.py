@@ -106,6 +106,13 @@ def test_files_that_are_no_weights(tmp_path, classifier):
             build_network(TINY, 3, weights=tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [b"hi\n", b"", b"\x80\x02K\x01.", b"h\x00", b"(lp0\n.", b"\x89PNG\r\n", b"}q\x00."])
+def test_junk_is_no_weights_file(tmp_path, content):
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"junk\.pt"):
+        build_network(TINY, 3, weights=tmp_path / "junk.pt")
+
+
 def test_a_malicious_file_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

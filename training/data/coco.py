@@ -34,11 +34,19 @@ _YEAR = re.compile(r"(?<=\D)\d{4}$")
 
 @dataclass(frozen=True)
 class _Record:
-    """One image's annotations; `segments` is the panoptic PNG, None for instances."""
+    """One image's annotations.
+
+    Attributes:
+        file: The JSON file that they come from.
+        annotations: As they stand there.
+        segments: The panoptic PNG, None for instances.
+        size: Height and width that the JSON gives; None where it gives none.
+    """
 
     file: Path
     annotations: Sequence[Mapping[str, Any]]
     segments: Path | None
+    size: tuple[int, int] | None
 
 
 class CocoSource(FileSource):
@@ -91,6 +99,12 @@ class CocoSource(FileSource):
         if kind != "masks" or "masks" not in self.kinds(name):
             return super().load_labels(name, kind)
         record, size = self._records[name], image_size(self.image_path(name))
+        if record.size is not None and record.size != size:
+            # Outlines are in pixels of the size that the annotator saw.
+            raise DataError(
+                f"{record.file}: {self.image_path(name).name} is {record.size[1]} x {record.size[0]} there, the file "
+                f"{size[1]} x {size[0]}; restore the images that were annotated"
+            )
         if record.segments is not None:
             return self._draw_panoptic(record, record.segments, size)
         labels = np.zeros(size, np.uint8)
@@ -129,6 +143,8 @@ class CocoSource(FileSource):
         missing: list[str] = []
         for item in content["images"]:
             file = str(item["file_name"])
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise DataError(f"{path}: the image '{file}' lies outside of the data set; expected a name inside it")
             image = next((folder / file for folder in folders if (folder / file).is_file()), None)
             if image is None:
                 missing.append(file)
@@ -141,7 +157,11 @@ class CocoSource(FileSource):
             names.append(name)
             if not panoptic or item["id"] in pngs:
                 png = segments / pngs[item["id"]] if segments is not None else None
-                self._records[name] = _Record(path, annotations.get(item["id"], []), png)
+                self._records[name] = _Record(path, annotations.get(item["id"], []), png, _declared_size(item))
+        strays = sorted(map(str, annotations.keys() - {item["id"] for item in content["images"]}))
+        if strays:
+            text = f"annotations of {counted(len(strays), 'image')} that is not in the list (first: id {strays[0]})"
+            found.append(Problem(path.name, f"{text}; they are left out", severity="remark"))
         if missing:
             text = f"{counted(len(missing), 'image')} not found (first: {missing[0]}); expected in {split}/ or images/"
             found.append(Problem(path.name, text, blocking=True))
@@ -209,6 +229,11 @@ def _image_folders(root: Path, path: Path, split: str) -> list[Path]:
     return [root / label, root / "images" / label, root / split, root / "images" / split, root / "images", root]
 
 
+def _declared_size(item: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = item.get("height"), item.get("width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
 def _segment_folder(root: Path, path: Path) -> Path:
     folders = [path.with_suffix(""), root / path.stem, path.parent, root]
     return next((folder for folder in folders if folder.is_dir()), path.parent)
@@ -219,7 +244,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     needed = ("images", "annotations", "categories")
     absent = [key for key in needed if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if absent:
-        raise DataError(f"{path}: is no COCO file: the list '{absent[0]}' is missing")
+        raise DataError(f"{path}: is no COCO file: '{absent[0]}' is missing or no list")
     keys = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
     for part, wanted in keys.items():
         for item in content[part]:

@@ -6,10 +6,18 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from wsss_deploy.errors import WsssError
+
+
+def seed_number(text: str) -> int:
+    """The type of `--seed`: a whole number from 0 to 2^32 - 1."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"'{text}' is no seed, expected a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -56,6 +64,8 @@ def run_command(
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("wsss_deploy", "training", "export", "demo"):
         logging.getLogger(name).setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+    # Images beyond Pillow's limit are refused with our own error; its warning about merely large ones helps nobody.
+    warnings.filterwarnings("ignore", category=Warning, message="Image size .* exceeds limit")
     try:
         status = command(arguments)
     except WsssError as error:

@@ -6,12 +6,10 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _predict(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.opacity <= 1:
         raise UsageError(f"--opacity {arguments.opacity}: expected a number from 0 to 1")
-    # Our own limit refuses too large images; Pillow's warning about merely large ones helps nobody here.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     out: Path = arguments.out
     images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
     if not images:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import pickle
 import socket
 import sys
 import urllib.request
@@ -13,12 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from zipfile import BadZipFile
 
 import timm
 import torch
 from huggingface_hub import constants as hub
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -153,9 +150,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         content: Any = (
             load_file(path) if suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read ({error.strerror or 'damaged'}); copy it again") from error
+    except Exception as error:  # torch and pickle raise almost anything, and advise to load without care
         raise TrainingError(
-            f"{path}: cannot be read as plain tensors ({_first_line(error)}); copy it again, or save its state_dict"
+            f"{path}: is damaged, or holds other things than plain tensors, which could run code and are not loaded; "
+            "copy it again, or save the model's state_dict"
         ) from error
     while isinstance(content, Mapping) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
         content = content[wrapper]
