@@ -111,6 +111,7 @@ class Unrefined:
         image: uint8 (H, W, 3), what the result is drawn on.
         small: uint8 (h, w, 3), what the network saw.
         card: The model's.
+        cams: float32 (C, h, w), class activation maps of the classifier that taught the model; None if there are none.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Unrefined:
     image: npt.NDArray[np.uint8]
     small: npt.NDArray[np.uint8]
     card: ModelCard
+    cams: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def of(cls, result: Segmentation, card: ModelCard, name: str, side: int) -> Unrefined:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: What a finished run holds, the first is the one to deploy.
 _FILES = ("model.onnx", "model.pt")
+#: Written by a training from tags, beside its model.
+CAMS = "cams.pt"
 _KEPT_OPEN = 3
 
 
@@ -69,6 +71,9 @@ class Models:
             if not self.keys():
                 raise WsssError("there is no model yet; annotate some images and train one, in the tabs above")
             raise WsssError("this model is not offered (any more); choose another")
+        return self._opened(path, refine)
+
+    def _opened(self, path: Path, refine: bool | None) -> Segmenter:
         from wsss_deploy.segmenter import Segmenter
 
         with self._lock:
@@ -80,6 +85,20 @@ class Models:
             while len(self._open) > _KEPT_OPEN:
                 self._open.popitem(last=False)
             return kept[1]
+
+    def cams(self, key: object) -> Segmenter | None:
+        """What gives the class activation maps that taught a model: `cams.pt` beside it; None if there is none.
+
+        Raises:
+            WsssError: It cannot be opened.
+        """
+        path = self._paths().get(key) if isinstance(key, str) else None
+        if path is None or path.name == CAMS or not (path.parent / CAMS).is_file():
+            return None
+        try:
+            return self._opened(path.parent / CAMS, refine=False)
+        except ImportError:  # torch is needed for it, and for nothing else
+            return None
 
     def fitting(self, classes: Sequence[str]) -> str | None:
         """The model that helps to annotate these classes: the newest run's, else the first that knows them."""

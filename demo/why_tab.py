@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from demo import markup
 from demo.comparing import REACHES, Unrefined, changed_share, controls_of, refinement_of
-from demo.explaining import enlarged, listening, loudest_class, tinted
+from demo.explaining import activation_maps, enlarged, listening, loudest_class, tinted
 from demo.files import PageFiles, explain
 from demo.registry import Models
 from demo.segment_tab import KEPT_SECONDS, html, image_input, model_choice
@@ -109,6 +110,9 @@ class _Handlers:
             file = uploaded_file(upload, self._files.cache)
             segmenter = self._models.open(key, refine=False)
             kept = Unrefined.of(segment_upload(segmenter, file, self._limits), segmenter.card, file.stem, SHOWN_SIDE)
+            classifier = self._models.cams(key)
+            if classifier is not None and classifier.card.classes == kept.card.classes:
+                kept = replace(kept, cams=activation_maps(segment_upload(classifier, file, self._limits)))
             name = kept.card.classes[loudest_class(kept.scores, kept.card.classes)]
             choice = gr.Dropdown(choices=list(kept.card.classes), value=name)
             return kept, *self.refine(kept, *controls), choice, *self.activation(kept, name)
@@ -172,20 +176,19 @@ class _Handlers:
         """Draw the network's scores of a class."""
         if kept is None or name not in kept.card.classes:
             return (gr.skip(),) * 2
-        scores = kept.scores[kept.card.classes.index(str(name))]
-        picture = self._files.jpeg(tinted(kept.image, scores), f"{kept.name}_activation.jpg")
-        return picture, markup.note(f"Highest score {float(scores.max()):.2f}. {_origin(kept)}")
+        index = kept.card.classes.index(str(name))
+        maps = kept.scores if kept.cams is None or index == 0 else kept.cams
+        heat, peak = maps[index], float(maps[index].max())
+        if maps is kept.cams:
+            heat = heat / max(peak, 1e-6)
+            told = (
+                f"Class activation map of the classifier that taught this model from tags, as a part of its peak, "
+                f"{peak:.2f}; the strongest class's is {float(maps[1:].max()):.2f}."
+            )
+        else:
+            told = f"Highest score {peak:.2f}. The network's score of the class before refinement."
+        return self._files.jpeg(tinted(kept.image, heat), f"{kept.name}_activation.jpg"), markup.note(told)
 
     def _nothing(self, message: str) -> tuple[Any, ...]:
         closed = None, gr.HTML(message, visible=True), gr.Column(visible=False), None, ""
         return *closed, None, "", gr.Dropdown(choices=[], value=None), None, ""
-
-
-def _origin(kept: Unrefined) -> str:
-    protocol = kept.card.protocol
-    if protocol is not None and "tags" in protocol.supervision:
-        return (
-            "This model learned from image tags only: the network's class activation maps were its teacher, and this "
-            "is what it made of them, before refinement."
-        )
-    return "The network's score of the class before refinement."

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.cam.artifact import CAMS, save_cams
 from training.cam.head import freeze
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
 from training.data.dataset import DataSource
@@ -24,7 +25,7 @@ from training.methods.tag_settings import CamSettings, TagsSettings
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT
 from training.trainer import Trainer, make_fabric
-from wsss_deploy.card import Architecture
+from wsss_deploy.card import Architecture, ModelCard
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
@@ -36,7 +37,9 @@ STAGE, LABELS = "cams", "pseudo_labels"
 _LONG_SIDE = 1.5
 
 
-def add_pseudo_labels(recipe: Recipe, source: DataSource, folder: Path, show: bool = True) -> PseudoLabelSource:
+def add_pseudo_labels(
+    recipe: Recipe, source: DataSource, folder: Path, show: bool = True, card: ModelCard | None = None
+) -> PseudoLabelSource:
     """The data set with pseudo-labels as masks of its tagged training images.
 
     An image whose tags are known and empty becomes all background; an image without tags gets no label.
@@ -46,6 +49,7 @@ def add_pseudo_labels(recipe: Recipe, source: DataSource, folder: Path, show: bo
         source: With tags.
         folder: Run folder; `cams/` and `pseudo_labels/` are made in it.
         show: Progress on the terminal.
+        card: Of the model to be; with it, the classifier's maps are saved beside it (`training.cam.artifact`).
 
     Raises:
         RecipeError: The recipe's method has no such stage.
@@ -58,6 +62,9 @@ def add_pseudo_labels(recipe: Recipe, source: DataSource, folder: Path, show: bo
     if not missing:
         return labelled
     network, method = trained_classifier(recipe, source, folder, show)
+    if card is not None:
+        depth = settings.cams.depth if isinstance(settings.cams, CamSettings) else 1.0
+        save_cams(folder / CAMS, card, network, method.head, depth)
     (folder / LABELS).mkdir(exist_ok=True)
     rule = label_rule(settings.labels)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.cam.artifact import CAMS, save_cams
 from training.cam_stage import STAGE, add_pseudo_labels
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
@@ -23,6 +24,7 @@ from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
 from training.methods.tag_settings import TagsSettings, TSCDSettings
+from training.methods.tscd import TSCD
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
@@ -151,16 +153,6 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         decoder_width=model.decoder_width,
         encoder_options=model.encoder_options,
     )
-    if isinstance(recipe.method, TagsSettings):
-        _write_recipe(folder, recipe)
-        labelled = add_pseudo_labels(recipe, labelled, folder, show)
-        kinds = ("masks",)
-        resume = resume and (folder / CHECKPOINT).exists()
-    dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
-    _seed(recipe.seed)
-    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
-    counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
-    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
     long_side = recipe.inference_long_side
     if long_side is None:
         long_side = 32 * round(_INFERENCE_SCALE * recipe.augmentation.size / 32)
@@ -173,6 +165,16 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         sizing=Sizing(long_side=long_side or None),
         versions=versions(),
     )
+    if isinstance(recipe.method, TagsSettings):
+        _write_recipe(folder, recipe)
+        labelled = add_pseudo_labels(recipe, labelled, folder, show, card)
+        kinds = ("masks",)
+        resume = resume and (folder / CHECKPOINT).exists()
+    dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
+    _seed(recipe.seed)
+    network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
+    counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
+    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
     validation = _validation_names(source, recipe)
 
     def validate(state: SegmentationNetwork) -> EvaluationResult | None:
@@ -185,6 +187,8 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     trainer = Trainer(recipe, network, method, dataset, preprocessing, folder, validate)
     _write_recipe(folder, recipe)  # not earlier: what cannot start leaves nothing that looks like a run
     trained = trainer.run(resume, show)
+    if isinstance(method, TSCD):
+        save_cams(folder / CAMS, card, network, method.head, method.settings.cams.depth)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
     choice = None
     if validation:

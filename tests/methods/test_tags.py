@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 import training.cam_stage
+from training.cam.artifact import CAMS
 from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
 from training.cam.pseudo_labels import write_label
@@ -103,6 +104,8 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert all(value.isfinite().all() for value in state.values())
     assert not any("classify.0" in name and "head" in name for name in state), "heads stay behind"
     assert result.trained.result.images == 3
+    maps, _ = load_model(tmp_path / "run" / CAMS)
+    assert maps.classes == card.classes
 
 
 def test_pseudo_labels_know_what_tags_say(tagged, tmp_path, values):

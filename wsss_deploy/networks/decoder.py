@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,9 +137,48 @@ class MixBlock(nn.Module):
         return mixed
 
 
-Decoder = LightDecoder | MLPDecoder | UperNetDecoder
+class CamDecoder(nn.Module):
+    """Class activation maps of a classifier on the encoder's last map, as logits; not trained, see `training/cam`.
+
+    The logit of class k is log(max(a_k, 0) + `FLOOR`) and that of class 0 is 0, where a_k is the classifier's weight on
+    the feature, without its biases (CAM, arXiv 1512.04150, equation 3). So the maps can be had back from softmax
+    scores s: a_k = s_k / s_0 - `FLOOR`.
+
+    Args:
+        channels: Channels of each encoder map.
+        reductions: Stride of each encoder map, in image pixels.
+        width: Not used.
+        num_classes: Channels of the logits, with the background.
+    """
+
+    FLOOR = 1e-4
+
+    def __init__(self, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int) -> None:
+        super().__init__()
+        self.normalise: nn.Module = LayerNorm2d(channels[-1])
+        self.classify = nn.Conv2d(channels[-1], num_classes - 1, 1, bias=False)
+
+    def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Logits (N, num_classes, H / 4, W / 4); arguments as for the other decoders."""
+        maps: Tensor = self.classify(self.normalise(features[-1])).relu()
+        size = (image.shape[-2] // OUTPUT_STRIDE, image.shape[-1] // OUTPUT_STRIDE)
+        logits = (_resize(maps, size) + self.FLOOR).log()
+        return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+
+
+class PlainCamDecoder(CamDecoder):
+    """The same for a classifier on features that are not normalised first (SFC, arXiv 2401.11719)."""
+
+    def __init__(self, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int) -> None:
+        super().__init__(channels, reductions, width, num_classes)
+        self.normalise = nn.Identity()
+
+
+Decoder = LightDecoder | MLPDecoder | UperNetDecoder | CamDecoder
 
 DECODERS: dict[str, type[Decoder]] = {"mlp": MLPDecoder, "light": LightDecoder, "upernet": UperNetDecoder}
+# What cards may name and recipes may not: there is nothing in them to be learned.
+_MAPS: dict[str, type[Decoder]] = {"cam": CamDecoder, "cam-plain": PlainCamDecoder}
 
 
 def build_decoder(
@@ -156,6 +196,8 @@ def build_decoder(
     Raises:
         RecipeError: There is no such decoder.
     """
+    if name in _MAPS:
+        return _MAPS[name](channels, reductions, width, num_classes)
     if name not in DECODERS:
         raise RecipeError([f"decoder '{name}' is not known; choose one of: {', '.join(DECODERS)}"])
     return DECODERS[name](channels, reductions, width, num_classes)

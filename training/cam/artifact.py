@@ -1,0 +1,70 @@
+"""Class activation maps as a model file of their own, so that they can be looked at where the model is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.cam.head import CamHead
+from training.cam.prototypes import SharedFeatureHead
+from wsss_deploy.artifact import save_model
+from wsss_deploy.card import ModelCard
+from wsss_deploy.networks import SegmentationNetwork
+
+#: Its name, beside the run's model.
+CAMS = "cams.pt"
+
+
+def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: nn.Module, depth: float) -> bool:
+    """Write encoder and classifier as a model whose scores are class activation maps (decoder `cam`).
+
+    One scale, no flip, no tags: what the classifier itself sees. The maps that pseudo-labels are made from are sums
+    over scales; those of SFC are fused with prototypes, of which nothing is kept here.
+
+    Args:
+        path: Where to write.
+        card: Of the segmenter; classes, palette, pre-processing and sizing are taken over.
+        network: With the encoder that the classifier works on.
+        head: A `CamHead` or `SharedFeatureHead`.
+        depth: Fraction of the encoder's depth whose map is meant, for a `CamHead`.
+
+    Returns:
+        Whether it was written; not if the map lies before the last stage of an encoder that cannot be cut there.
+    """
+    encoder = network.encoder
+    options: dict[str, Any] = dict(card.architecture.encoder_options)
+    last = max(encoder.indices)
+    decoder, index, tensors = _classifier(head, network, depth, last)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    if index != last:
+        if not hasattr(encoder.model, "blocks") or len(set(encoder.reductions)) > 1:
+            return False
+        options["depth"] = index + 1  # a plain ViT without the blocks behind the map
+        behind = tuple(f"encoder.model.blocks.{number}." for number in range(index + 1, last + 1))
+        state = {name: value for name, value in state.items() if not name.startswith(behind)}
+    architecture = card.architecture.model_copy(update={"decoder": decoder, "encoder_options": options})
+    maps = card.model_copy(
+        update={"name": f"{card.name}-cams", "architecture": architecture, "refinement": None, "protocol": None}
+    )
+    save_model(path, maps, {**state, **{f"decoder.{name}": value for name, value in tensors.items()}})
+    return True
+
+
+def _classifier(
+    head: nn.Module, network: SegmentationNetwork, depth: float, last: int
+) -> tuple[str, int, dict[str, Tensor]]:
+    if isinstance(head, SharedFeatureHead):
+        return "cam-plain", last, {"classify.weight": head.classifier.weight}
+    assert isinstance(head, CamHead)
+    index = head.cam_index(network.encoder, depth)
+    normalise, classifier = head.classify[head.indices.index(index)]  # type: ignore[misc]
+    # CAMs leave the norm's bias out as they do the classifier's.
+    tensors = {
+        "normalise.weight": normalise.weight,
+        "normalise.bias": torch.zeros_like(normalise.bias),
+        "classify.weight": classifier.weight,
+    }
+    return "cam", index, tensors
