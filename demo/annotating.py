@@ -8,7 +8,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.drawing import is_background
-from wsss_deploy.errors import WsssError
+from wsss_deploy.errors import ImageError, WsssError
 from wsss_deploy.refinement import STRONG, Refiner
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.upsampling import best_class
@@ -32,6 +33,42 @@ _SUGGESTION_SECONDS = 2.0
 _PREDICTIONS_KEPT = 8
 #: Score of the class that a stroke names, before it spreads along the image.
 _STROKE_SCORE = 0.98
+#: Requests that wait, for images as well as for predictions. Each holds one of the 40 threads that also serve the page.
+_WAITING = 8
+
+
+class Busy(WsssError):
+    """Too many ask at once; the page asks again by itself."""
+
+
+class Gate:
+    """Lets a few in at once and a few more wait; further ones are turned away, so that memory and threads are bounded.
+
+    What the annotation page asks for does not go through gradio's queue.
+
+    Args:
+        at_once: How many work at the same time.
+        waiting: How many wait.
+    """
+
+    def __init__(self, at_once: int, waiting: int = _WAITING) -> None:
+        self._working = threading.BoundedSemaphore(at_once)
+        self._places = threading.BoundedSemaphore(at_once + waiting)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Wait until it is one's turn.
+
+        Raises:
+            Busy: Too many wait already.
+        """
+        if not self._places.acquire(blocking=False):
+            raise Busy("The server is busy.")
+        try:
+            with self._working:
+                yield
+        finally:
+            self._places.release()
 
 
 class Annotating:
@@ -47,46 +84,50 @@ class Annotating:
         self._models = models
         self._predictions: OrderedDict[tuple[str, str], Segmentation] = OrderedDict()
         self._uncertainty: dict[tuple[str, str], float] = {}
+        self._unreadable: dict[str, int] = {}  # when the file was changed that could not be read
         self._lock = threading.Lock()
+        # Apart from each other, so that nobody's strokes wait for a model.
+        self._files, self._model_runs = Gate(2), Gate(1)
 
     def functions(self) -> list[Callable[[Any], dict[str, Any]]]:
         """The functions that the page may call; each takes one object and returns one."""
 
         def start(request: Any) -> dict[str, Any]:
-            return _answer(self._start, request)
+            return _answer(self._start, request, self._files)
 
         def name_classes(request: Any) -> dict[str, Any]:
-            return _answer(self._name_classes, request)
+            return _answer(self._name_classes, request, self._files)
 
         def open_image(request: Any) -> dict[str, Any]:
-            return _answer(self._open, request)
+            return _answer(self._open, request, self._files)
 
         def save_labels(request: Any) -> dict[str, Any]:
-            return _answer(self._save_labels, request)
+            return _answer(self._save_labels, request, self._files)
 
         def save_tags(request: Any) -> dict[str, Any]:
-            return _answer(self._save_tags, request)
+            return _answer(self._save_tags, request, self._files)
 
         def suggest(request: Any) -> dict[str, Any]:
-            return _answer(self._suggest, request)
+            return _answer(self._suggest, request, self._model_runs)
 
         def predict(request: Any) -> dict[str, Any]:
-            return _answer(self._predict, request)
+            return _answer(self._predict, request, self._model_runs)
 
         return [start, name_classes, open_image, save_labels, save_tags, suggest, predict]
 
     def _start(self, request: Mapping[str, Any]) -> dict[str, Any]:
         folder = self._folder
-        labelled = folder.labelled()
+        folder.rescan()
+        labelled, names = folder.labelled(), folder.names
         classes = [
             {"name": name, "color": list(color)} for name, color in zip(folder.classes, folder.palette, strict=True)
         ]
-        first = next((name for name in folder.names if name not in labelled), folder.names[0])
+        first = next((name for name in names if name not in labelled), names[0])
         return {
             "folder": folder.name,
             "classes": classes,
             "taggable": folder.taggable() if classes else [],
-            "names": list(folder.names),
+            "names": list(names),
             "first": first,
             **self._progress(),
         }
@@ -105,7 +146,8 @@ class Annotating:
             "width": size[1],
             "height": size[0],
             "image": _address(_shrunk(Image.fromarray(image), Image.Resampling.BILINEAR), "JPEG"),
-            "labels": {kind: encode_runs(values) for kind, values in labels.items()},
+            # As text: gradio looks at every number of a list, in the thread that serves all pages.
+            "labels": {kind: ",".join(map(str, encode_runs(values))) for kind, values in labels.items()},
             "revisions": {kind: self._folder.revision(values) for kind, values in labels.items()},
             "tags": self._folder.tags(name),
             **self._progress(),
@@ -113,23 +155,21 @@ class Annotating:
 
     def _save_labels(self, request: Mapping[str, Any]) -> dict[str, Any]:
         name, kind = request.get("name"), request.get("kind")
-        labels = decode_runs(request.get("runs"), self._size(name))
+        labels = decode_runs(request.get("runs"), self._folder.size(name))
         revision = self._folder.save_labels(name, kind, labels, request.get("revision"))
         return {"revision": revision, **self._progress()}
-
-    def _size(self, name: object) -> tuple[int, int]:
-        """Height and width of the upright image, from the header."""
-        with Image.open(self._folder.path(name)) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
-        return (width, height) if turned else (height, width)
 
     def _save_tags(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"tags": self._folder.save_tags(request.get("name"), request.get("tags")), **self._progress()}
 
     def _progress(self) -> dict[str, Any]:
         progress = self._folder.progress()
-        return {"done": progress.done, "total": progress.total, "model": self._model()}
+        return {
+            "done": progress.done,
+            "total": progress.total,
+            "by_masks": progress.by_masks,
+            "model": self._model(),
+        }
 
     def _model(self) -> str | None:
         return self._models.fitting(self._folder.classes)
@@ -141,21 +181,49 @@ class Annotating:
         start = names.index(current) + 1 if current in names else 0
         labelled = self._folder.labelled()
         waiting = [name for name in (*names[start:], *names[:start]) if name not in labelled and name != current]
-        if not waiting:
-            return {"name": None, "reason": "Every image has labels."}
         model = self._model()
-        if model is None:
-            return {"name": waiting[0], "reason": "The next image without labels."}
         deadline = time.monotonic() + _SUGGESTION_SECONDS
+        known: dict[str, float] = {}
         for name in waiting:
-            if (model, name) not in self._uncertainty:
-                self._scores(model, name)
-                if time.monotonic() > deadline:
-                    break
-        known = {name: self._uncertainty[model, name] for name in waiting if (model, name) in self._uncertainty}
+            late = time.monotonic() > deadline
+            if model is not None and (model, name) in self._uncertainty:
+                known[name] = self._uncertainty[model, name]
+            elif not late and self._can_be_read(name, model):
+                if model is None:
+                    return {"name": name, "reason": "The next image without labels."}
+                known[name] = self._uncertainty[model, name]
+        if not known:
+            return {"name": None, "reason": self._nothing_left(waiting)}
         best = max(known, key=known.__getitem__)
         reason = f"The model is least sure of it (mean confidence {1 - known[best]:.2f}, of {len(known)} looked at)."
         return {"name": best, "reason": reason}
+
+    def _can_be_read(self, name: str, model: str | None) -> bool:
+        """Whether an image can be suggested; with a model, what it makes of the image is known afterwards."""
+        try:
+            changed = self._folder.path(name).stat().st_mtime_ns
+        except OSError:  # removed meanwhile
+            return False
+        if self._unreadable.get(name) == changed:
+            return False
+        try:
+            if model is None:
+                self._folder.image(name)
+            else:
+                self._scores(model, name)
+        except ImageError:
+            self._unreadable[name] = changed
+            return False
+        self._unreadable.pop(name, None)
+        return True
+
+    def _nothing_left(self, waiting: Sequence[str]) -> str:
+        if not waiting:
+            by_masks = self._folder.progress().by_masks
+            return "Every image has labels" + (f", {by_masks} of them by masks only." if by_masks else ".")
+        if all(name in self._unreadable for name in waiting):
+            return f"Every other image has labels; {len(waiting)} without cannot be read."
+        return "Nothing was found in time; ask again."
 
     def _predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What the model sees, with the strokes so far spread along the image."""
@@ -185,11 +253,12 @@ class Annotating:
             return self._predictions[key]
 
 
-def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: object) -> dict[str, Any]:
+def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: object, gate: Gate) -> dict[str, Any]:
     try:
-        return function(as_mapping(request))
+        with gate.entered():
+            return function(as_mapping(request))
     except WsssError as error:
-        return {"error": str(error), "conflict": isinstance(error, Conflict)}
+        return {"error": str(error), "conflict": isinstance(error, Conflict), "busy": isinstance(error, Busy)}
     except Exception as error:
         logger.exception("the annotation page asked for something that failed")
         return {"error": f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.", "conflict": False}

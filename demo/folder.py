@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from wsss_deploy.image_files import find_images, read_palette
 from wsss_deploy.images import load_image
 from wsss_deploy.segmentation import write_png
 
+logger = logging.getLogger(__name__)
+
 #: Kinds that the page draws; each has a folder of its own.
 KINDS = ("scribbles", "points")
 _LABEL_FOLDERS = ("masks", *KINDS)
@@ -39,10 +42,17 @@ class Conflict(DataError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the annotation is: images that have any label, of all images."""
+    """How far the annotation is: images that have any label, of all images.
+
+    Args:
+        done: Images that have any label.
+        total: All images.
+        by_masks: Those of `done` whose only labels are whole masks, which this page does not show.
+    """
 
     done: int
     total: int
+    by_masks: int = 0
 
 
 class AnnotatedFolder:
@@ -57,10 +67,7 @@ class AnnotatedFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
-        try:
-            paths = find_images([self.root / "images"]) if (self.root / "images").is_dir() else []
-        except ImageError:
-            paths = []
+        paths = self._find()
         if not paths:
             raise UsageError(f"--data {root}: holds no images; put photos into {root / 'images'}")
         self._images: dict[str, Path] = {}
@@ -71,6 +78,22 @@ class AnnotatedFolder:
             self._images[path.stem] = path
         self._lock = threading.Lock()
         self._palettes: dict[tuple[str, ...], tuple[Color, ...]] = {}
+
+    def _find(self) -> list[Path]:
+        try:
+            return find_images([self.root / "images"]) if (self.root / "images").is_dir() else []
+        except ImageError:
+            return []
+
+    def rescan(self) -> None:
+        """Look for images that have come or gone; while there are none, those that were there stay listed."""
+        found: dict[str, Path] = {}
+        for path in self._find():
+            # The page is open already: a second image of one name does not close it, and is left out.
+            known = found.setdefault(path.stem, path)
+            if known != path:
+                logger.warning("%s and %s would share their labels; rename one", known.name, path.name)
+        self._images = found or self._images
 
     @property
     def name(self) -> str:
@@ -127,17 +150,37 @@ class AnnotatedFolder:
         Raises:
             DataError: There is none of that name.
         """
-        if isinstance(name, str) and name in self._images:
-            return self._images[name]
+        images = self._images  # one and the same, also while another thread looks for new ones
+        if isinstance(name, str) and name in images:
+            return images[name]
         raise DataError("no such image in this folder; reload the page")
 
     def image(self, name: object) -> npt.NDArray[np.uint8]:
         """The upright image, uint8 (H, W, 3).
 
         Raises:
+            DataError, ImageError: There is none of that name, or it cannot be read; the message names the file, not
+                where it lies.
+        """
+        path = self.path(name)
+        try:
+            return load_image(path)
+        except ImageError as error:
+            raise ImageError(str(error).replace(str(path), path.name)) from error
+
+    def size(self, name: object) -> tuple[int, int]:
+        """Height and width of the upright image, from the header.
+
+        Raises:
             DataError, ImageError: There is none of that name, or it cannot be read.
         """
-        return load_image(self.path(name))
+        path = self.path(name)
+        try:
+            with Image.open(path) as image:
+                (width, height), turned = image.size, _lies(image)
+        except Exception as error:  # Pillow's readers raise almost anything
+            raise ImageError(f"{path.name}: cannot be read any more; restore it") from error
+        return (width, height) if turned else (height, width)
 
     def labels(self, name: str, kind: str, size: tuple[int, int]) -> Labels:
         """Labels of an image; all 255 where there are none.
@@ -179,7 +222,8 @@ class AnnotatedFolder:
             revision: Of the labels that these replace, see `revision`.
 
         Returns:
-            The new revision.
+            The new revision. Labels that lie there already are no conflict: the page may ask again when it has missed
+            the answer.
 
         Raises:
             Conflict: The file on disk is another one by now.
@@ -194,7 +238,8 @@ class AnnotatedFolder:
         file = self._label_file(name, kind)
         with self._lock:
             # The old labels are only read where they are compared: another size would be a defect of the caller.
-            if _revision(self.labels(name, kind, labels.shape)) != revision:
+            there = _revision(self.labels(name, kind, labels.shape))
+            if there != revision and there != _revision(labels):
                 raise Conflict("these labels were changed elsewhere, their newer state is shown")
             if (labels != IGNORE_INDEX).any() or (kind == "points" and name in self._json("points.json")):
                 image = Image.fromarray(labels)
@@ -247,13 +292,18 @@ class AnnotatedFolder:
 
     def labelled(self) -> frozenset[str]:
         """Images that have any label."""
-        found = {path.stem for kind in _LABEL_FOLDERS for path in (self.root / kind).glob("*.png")}
-        found.update(self._json("tags.json"), self._json("points.json"))
-        return frozenset(found & self._images.keys())
+        return self._labelled_in(_LABEL_FOLDERS)
 
     def progress(self) -> Progress:
         """How far the annotation is."""
-        return Progress(len(self.labelled()), len(self._images))
+        done = len(self.labelled())
+        return Progress(done, len(self._images), done - len(self._labelled_in(KINDS)))
+
+    def _labelled_in(self, folders: Sequence[str]) -> frozenset[str]:
+        """Images that have labels in one of these folders, tags, or listed points."""
+        found = {path.stem for folder in folders for path in (self.root / folder).glob("*.png")}
+        found.update(self._json("tags.json"), self._json("points.json"))
+        return frozenset(found & self._images.keys())
 
     def _label_file(self, name: str, kind: str) -> Path:
         return self.root / kind / f"{name}.png"
@@ -335,6 +385,14 @@ def encode_runs(labels: Labels) -> list[int]:
 
 def _revision(labels: Labels) -> str:
     return hashlib.sha256(labels.tobytes()).hexdigest()[:16]
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether the upright image has its sides swapped."""
+    try:
+        return int(image.getexif().get(0x0112, 1)) in (5, 6, 7, 8)
+    except Exception:  # a damaged EXIF block is taken as upright, as in `load_image`
+        return False
 
 
 def _class_id(value: object, classes: Sequence[str]) -> int:

@@ -192,3 +192,186 @@ def test_two_people_at_one_image(annotate_address, folder, visit):
     second.choose("background")
     second.stroke((20, 20), (20, 20))  # on top of the newer state
     assert labels(folder / "scribbles" / "photo3.png")[20, 20] == 0
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory):
+    """Images of which the first and the third cannot be read, and a large one."""
+    root = tmp_path_factory.mktemp("troubled") / "troubled"
+    (root / "images").mkdir(parents=True)
+    for name in ("b", "d", "e", "f"):
+        Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 90)).save(root / "images" / f"{name}.png")
+    for name in ("a", "c"):
+        (root / "images" / f"{name}.png").write_bytes(b"no image")
+    Image.new("RGB", (2048, 1024)).save(root / "images" / "large.png")
+    (root / "classes.txt").write_text("background\nbox\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def troubled_address(troubled, color_segmenter, serve):
+    with serve(color_segmenter, data=troubled) as url:
+        yield url
+
+
+def warns_before_leaving(page) -> bool:
+    return page.evaluate("!window.dispatchEvent(new Event('beforeunload', { cancelable: true }))")
+
+
+def test_images_that_cannot_be_read(troubled_address, troubled, visit):
+    annotator = Annotator(visit(troubled_address))
+    page, chosen = annotator.page, annotator.page.locator("#annotate .images")
+    unreadable, message = page.locator("#annotate .unreadable"), page.locator("#annotate .message")
+
+    def opens_as_unreadable(name: str) -> None:
+        unreadable.get_by_text(f"{name} cannot be annotated").wait_for()
+        message.get_by_text(f"{name}.png: is not an image").wait_for()
+        assert chosen.input_value() == name
+        assert str(troubled) not in message.inner_text()
+        assert page.locator("#annotate .stage[data-image]").count() == 0
+        page.mouse.click(*annotator.at(40, 40))
+        page.keyboard.press("z")
+        assert page.locator("#annotate .saved").inner_text() == ""
+
+    opens_as_unreadable("a")
+    page.get_by_role("button", name="Next ›").click()
+    annotator.wait_for("b")
+    assert not message.is_visible()
+    page.get_by_role("button", name="Next ›").click()
+    opens_as_unreadable("c")
+    page.get_by_role("button", name="Suggest next").click()
+    annotator.wait_for("d")
+    page.locator("#annotate .saved").get_by_text("without labels").wait_for()
+    page.get_by_role("button", name="‹ Previous").click()
+    opens_as_unreadable("c")
+    page.get_by_role("button", name="‹ Previous").click()
+    annotator.wait_for("b")
+    assert not (troubled / "scribbles").exists()
+
+    # The width that is set holds for small images; on large ones it grows, so that it looks the same.
+    assert page.locator("#annotate .width").inner_text() == "7"
+    chosen.select_option("large")
+    annotator.wait_for("large")
+    assert page.locator("#annotate .width").inner_text() == "25"
+
+
+def test_a_stroke_ends_where_the_image_is_left(troubled_address, troubled, visit):
+    annotator = Annotator(visit(troubled_address))
+    page, mouse = annotator.page, annotator.page.mouse
+    page.locator("#annotate .unreadable").or_(page.locator("#annotate .stage[data-image]")).first.wait_for()
+    page.locator("#annotate .images").select_option("d")
+    annotator.wait_for("d")
+    page.locator("#annotate .stage").scroll_into_view_if_needed()
+    annotator.choose("box")
+    mouse.move(*annotator.at(20, 20))
+    mouse.down()
+    mouse.move(*annotator.at(40, 20))
+    page.keyboard.press("0")  # another class: what follows is no part of it
+    mouse.move(*annotator.at(40, 60))
+    mouse.up()
+    annotator.saved()
+    expected = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    expected[disc_line(20, 20, 40, 3)] = 1
+    file = troubled / "scribbles" / "d.png"
+    np.testing.assert_array_equal(labels(file), expected)
+
+    mouse.move(*annotator.at(60, 40))
+    mouse.down()
+    mouse.move(*annotator.at(80, 40))
+    page.keyboard.press(".")
+    annotator.wait_for("e")
+    mouse.move(*annotator.at(80, 70))
+    mouse.up()
+    first = expected.copy()
+    expected[disc_line(40, 60, 80, 3)] = 0
+    np.testing.assert_array_equal(labels(file), expected)  # opening another one has waited for it
+    annotator.stroke((10, 10), (10, 10))
+    only = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    only[disc_line(10, 10, 10, 3)] = 0
+    np.testing.assert_array_equal(labels(troubled / "scribbles" / "e.png"), only)
+
+    # Undo in the middle of a stroke takes that stroke back, and each further one the stroke before it.
+    page.keyboard.press(",")
+    annotator.wait_for("d")
+    annotator.stroke((5, 60), (100, 75))
+    mouse.move(*annotator.at(20, 20))
+    mouse.down()
+    mouse.move(*annotator.at(90, 50))
+    page.keyboard.press("z")
+    mouse.up()
+    page.keyboard.press("z")
+    wait_until(page, lambda: (labels(file) == expected).all())
+    assert (labels(file) != first).any()
+
+
+def test_what_cannot_be_saved_is_kept(troubled_address, troubled, visit):
+    annotator = Annotator(visit(troubled_address))
+    page, file = annotator.page, troubled / "scribbles" / "f.png"
+    page.locator("#annotate .unreadable").or_(page.locator("#annotate .stage[data-image]")).first.wait_for()
+    page.locator("#annotate .images").select_option("f")
+    annotator.wait_for("f")
+    assert not warns_before_leaving(page)
+    mouse, calls = page.mouse, "**/component_server/**"
+
+    def draw(y: int) -> None:
+        mouse.move(*annotator.at(40, y))
+        mouse.down()
+        mouse.move(*annotator.at(60, y))
+        mouse.up()
+
+    def fail(route) -> None:
+        if '"save_labels"' not in (route.request.post_data or ""):
+            route.continue_()
+            return
+        # The first request arrives, only its answer is lost; the page must not take its own stroke for another's.
+        if not file.exists():
+            route.fetch()
+        route.abort("aborted")
+
+    expected = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    page.route(calls, fail)
+    draw(20)
+    page.locator("#annotate .unsaved").get_by_text("Not saved yet: f").wait_for()
+    expected[disc_line(20, 40, 60, 3)] = 1
+    draw(50)
+    assert warns_before_leaving(page)
+    # It can be left and is there again.
+    page.keyboard.press(",")
+    annotator.wait_for("e")
+    assert page.locator("#annotate .unsaved").is_visible()
+    assert warns_before_leaving(page)
+    page.keyboard.press(".")
+    annotator.wait_for("f")
+    draw(70)
+    page.keyboard.press(",")
+    annotator.wait_for("e")
+    np.testing.assert_array_equal(labels(file), expected)
+    page.unroute(calls, fail)
+    for y in (50, 70):
+        expected[disc_line(y, 40, 60, 3)] = 1
+    wait_until(page, lambda: (labels(file) == expected).all())  # by itself
+    page.locator("#annotate .unsaved").wait_for(state="hidden")
+    assert not warns_before_leaving(page)
+    assert not page.locator("#annotate .message").is_visible()
+
+
+def test_a_busy_server_is_asked_again(troubled_address, visit):
+    annotator = Annotator(visit(troubled_address))
+    page, turned_away = annotator.page, []
+    page.locator("#annotate .unreadable").or_(page.locator("#annotate .stage[data-image]")).first.wait_for()
+
+    def busy(route) -> None:
+        function = json.loads(route.request.post_data)["fn_name"]
+        if function in turned_away:
+            route.continue_()
+            return
+        turned_away.append(function)
+        route.fulfill(json={"error": "The server is busy.", "busy": True, "conflict": False})
+
+    page.route("**/component_server/**", busy)
+    page.locator("#annotate .images").select_option("b")
+    annotator.wait_for("b")
+    annotator.stroke((40, 40), (60, 40))
+    page.get_by_role("button", name="Suggest next").click()
+    annotator.wait_for("large")
+    assert {"open_image", "save_labels", "suggest"} <= set(turned_away)

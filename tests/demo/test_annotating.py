@@ -1,0 +1,156 @@
+"""What the annotation page asks for, without a browser."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo.annotating import Annotating
+from demo.folder import AnnotatedFolder, Conflict
+from demo.registry import Models
+from wsss_deploy.errors import ImageError
+
+WIDTH, HEIGHT = 30, 20
+
+
+def add_image(root, name: str) -> None:
+    Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90, np.uint8)).save(root / "images" / name)
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / "data"
+    for folder in ("images", "masks", "scribbles"):
+        (root / folder).mkdir(parents=True)
+    for name in ("a.png", "b.png", "c.png"):
+        add_image(root, name)
+    (root / "classes.txt").write_text("background\nbox\n")
+    return root
+
+
+def functions(folder: AnnotatedFolder, models: Models | None = None):
+    return {each.__name__: each for each in Annotating(folder, models or Models()).functions()}
+
+
+def stroke() -> np.ndarray:
+    labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    labels[5, 5:9] = 1
+    return labels
+
+
+def test_few_work_at_once_and_few_wait(data, monkeypatch):
+    folder = AnnotatedFolder(data)
+    opened, most, working, lock, go_on = AnnotatedFolder.image, 0, 0, threading.Lock(), threading.Event()
+
+    def slow(self, name):
+        nonlocal working, most
+        with lock:
+            working += 1
+            most = max(most, working)
+        assert go_on.wait(60)
+        with lock:
+            working -= 1
+        return opened(self, name)
+
+    monkeypatch.setattr(AnnotatedFolder, "image", slow)
+    calls = functions(folder)
+    with ThreadPoolExecutor(60) as people:
+        answers = [people.submit(calls["open_image"], {"name": "a"}) for _ in range(60)]
+        try:  # those who are turned away have their answer at once
+            turned_away = [each.result() for each in islice(as_completed(answers, timeout=60), 50)]
+        finally:
+            go_on.set()
+        given = [each.result() for each in answers]
+    assert all(answer["busy"] and answer["error"] for answer in turned_away)
+    assert sum("image" in answer for answer in given) == 10
+    assert most == 2
+    assert "image" in calls["open_image"]({"name": "a"})  # places are free again
+
+
+def test_strokes_do_not_wait_for_models(data, color_segmenter, monkeypatch):
+    names = color_segmenter.card.classes
+    (data / "classes.txt").write_text("\n".join(names) + "\n")
+    folder, models, go_on = AnnotatedFolder(data), Models(color_segmenter), threading.Event()
+    monkeypatch.setattr(Models, "open", lambda *_: go_on.wait(60) and color_segmenter)
+    calls = functions(folder, models)
+    with ThreadPoolExecutor(10) as people:
+        waiting = [people.submit(calls["predict"], {"name": "a"}) for _ in range(10)]
+        try:
+            assert next(as_completed(waiting, timeout=60)).result()["busy"]
+            opened = calls["open_image"]({"name": "a"})
+        finally:
+            go_on.set()
+        assert sum("image" in answer.result() for answer in waiting) == 9
+    assert opened["labels"]["scribbles"] == f"255,{WIDTH * HEIGHT}"
+
+
+def test_a_missed_answer_is_no_conflict(data):
+    folder = AnnotatedFolder(data)
+    empty = folder.revision(np.full((HEIGHT, WIDTH), 255, np.uint8))
+    first = folder.save_labels("a", "scribbles", stroke(), empty)
+    assert folder.save_labels("a", "scribbles", stroke(), empty) == first
+    with pytest.raises(Conflict):
+        folder.save_labels("a", "scribbles", np.where(stroke() == 1, 0, stroke()).astype(np.uint8), empty)
+
+
+def test_messages_name_the_file_only(data):
+    for name, content in (("broken.png", b"no image"), ("empty.jpg", b"")):
+        (data / "images" / name).write_bytes(content)
+    half = (data / "images" / "a.png").read_bytes()
+    (data / "images" / "half.png").write_bytes(half[:-30])
+    calls = functions(AnnotatedFolder(data))
+    for name, file in (("broken", "broken.png"), ("empty", "empty.jpg"), ("half", "half.png")):
+        answers = [calls["open_image"]({"name": name})]
+        if name != "half":
+            answers.append(calls["save_labels"]({"name": name, "kind": "scribbles", "runs": [], "revision": ""}))
+        for answer in answers:
+            assert answer["error"].startswith(file)
+            assert str(data) not in answer["error"]
+            assert "Unexpected" not in answer["error"]
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_suggestions_pass_over_what_cannot_be_read(data, color_segmenter, with_model):
+    for name in ("a", "b"):
+        (data / "images" / f"{name}.png").write_bytes(b"no image")
+    (data / "classes.txt").write_text("\n".join(color_segmenter.card.classes) + "\n")
+    folder = AnnotatedFolder(data)
+    suggest = functions(folder, Models(color_segmenter) if with_model else None)["suggest"]
+    assert suggest({"name": None})["name"] == "c"
+    assert suggest({"name": "a"})["name"] == "c"
+    answer = suggest({"name": "c"})
+    assert answer["name"] is None
+    assert "2 without cannot be read" in answer["reason"]
+    add_image(data, "b.png")  # repaired
+    assert suggest({"name": "c"})["name"] == "b"
+
+
+def test_images_with_masks_only_are_told_apart(data):
+    for name in ("a", "b", "c"):
+        Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(data / "masks" / f"{name}.png")
+    Image.fromarray(stroke()).save(data / "scribbles" / "c.png")
+    calls = functions(AnnotatedFolder(data))
+    answer = calls["start"]({})
+    assert (answer["done"], answer["total"], answer["by_masks"]) == (3, 3, 2)
+    assert calls["suggest"]({"name": "a"})["reason"] == "Every image has labels, 2 of them by masks only."
+
+
+def test_images_that_come_later(data):
+    folder = AnnotatedFolder(data)
+    calls = functions(folder)
+    add_image(data, "d.png")
+    add_image(data, "a.bmp")  # shares its labels with a.png and is left out
+    assert calls["start"]({})["names"] == ["a", "b", "c", "d"]
+    assert calls["open_image"]({"name": "d"})["width"] == WIDTH
+    (data / "images" / "d.png").unlink()
+    assert calls["start"]({})["names"] == ["a", "b", "c"]
+    for path in (data / "images").iterdir():
+        path.unlink()
+    assert calls["start"]({})["names"] == ["a", "b", "c"]
+    with pytest.raises(ImageError, match=r"^b\.png"):
+        folder.image("b")
