@@ -283,7 +283,8 @@ def _with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) ->
     if not drawn:
         return scores
     small = np.asarray(Image.fromarray(result.image).resize((width, height), Image.Resampling.BILINEAR))
-    return Refiner(STRONG, threads=1)(scores[None], small[None])[0]
+    spread: npt.NDArray[np.float32] = Refiner(STRONG, threads=1)(scores[None], small[None])[0]
+    return spread
 
 
 def _tint(mask: npt.NDArray[np.uint8], classes: Sequence[str], palette: Sequence[Color]) -> Image.Image:
