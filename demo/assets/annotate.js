@@ -539,11 +539,13 @@ function key(event) {
 }
 document.addEventListener("keydown", key);
 function leave(event) {
-  if (!root.isConnected) { window.removeEventListener("beforeunload", leave); return; }
+  if (!root.isConnected) { window.removeEventListener("beforeunload", leave, true); return; }
   finish();
-  if (unsaved.size) event.preventDefault(); // the browser asks whether to leave
+  if (!unsaved.size) return;
+  event.preventDefault(); // the browser asks whether to leave
+  event.stopImmediatePropagation(); // gradio would close its connection, also when one stays
 }
-window.addEventListener("beforeunload", leave);
+window.addEventListener("beforeunload", leave, true);
 new ResizeObserver(() => { fit(); if (image) paint("points"); }).observe(stage.parentElement);
 insist("start", {}).then((answer) => {
   tell(answer.error || "");

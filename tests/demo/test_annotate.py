@@ -215,7 +215,13 @@ def troubled_address(troubled, color_segmenter, serve):
 
 
 def warns_before_leaving(page) -> bool:
-    return page.evaluate("!window.dispatchEvent(new Event('beforeunload', { cancelable: true }))")
+    return page.evaluate("""() => {
+        const stop = (event) => event.stopImmediatePropagation(); // gradio would close its connection
+        window.addEventListener("beforeunload", stop, true);
+        const stays = !window.dispatchEvent(new Event("beforeunload", { cancelable: true }));
+        window.removeEventListener("beforeunload", stop, true);
+        return stays;
+    }""")
 
 
 def test_images_that_cannot_be_read(troubled_address, troubled, visit):
