@@ -119,11 +119,13 @@ class Visitor:
 
     def __init__(self, browser, address: str, **options) -> None:
         self.problems: list[str] = []
+        self.visits = 0
         self.context = browser.new_context(**options)
         self.context.set_default_timeout(60_000)  # a busy machine is no failure
         self.context.route(lambda url: urlsplit(url).hostname != "127.0.0.1", self._refuse)
         self.page = self.context.new_page()
         self.page.on("console", self._console)
+        self.page.on("request", self._asked)
         self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         self.page.on("requestfailed", self._failed)
         self.page.on("response", self._answered)
@@ -134,9 +136,13 @@ class Visitor:
         self.problems.append(f"outside request: {route.request.url}")
         route.abort()
 
+    def _asked(self, request) -> None:
+        self.visits += request.is_navigation_request()
+
     def _console(self, message) -> None:
-        # As below: gradio reports the streams that a reload of the page ends.
-        if message.type == "error" and not message.text.startswith("AbortError: signal is aborted"):
+        # As below: gradio reports the streams and requests that a reload of the page ends.
+        ended = message.text.startswith(("AbortError: signal is aborted", "Unexpected error Connection errored out"))
+        if message.type == "error" and not (ended and self.visits > 1):
             self.problems.append(f"console error: {message.text} {message.location}")
 
     def _failed(self, request) -> None:
