@@ -74,6 +74,11 @@ ORDER = (
     ("voc-points-default", "voc-points-gated"),
     ("camvid-scribbles-gated", "camvid-scribbles-partial"),
 )
+# Compared as well, without a claim.
+NO_CLAIM = (
+    ("voc-scribbles-gated", "voc-scribbles-partial"),
+    ("acdc-scribbles-gated", "acdc-scribbles-partial"),
+)
 
 
 def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
@@ -109,7 +114,7 @@ def main() -> int:
     chosen = [setting for setting in SETTINGS if setting.name in options.settings]
     records = {s.name: [run(s, seed, options) for seed in options.seeds] for s in chosen}
     rows = [summarise(setting, records[setting.name]) for setting in chosen]
-    text = table(rows, options, records)
+    text = table(rows, options, records) + "\n\n" + gains(rows)
     print(text)
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "date": str(date.today())}, indent=1) + "\n")
@@ -161,6 +166,17 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
         f"{options.seeds}; spread is the sample standard deviation over seeds. {platform.machine()}, "
         f"{first['threads']} threads, torch {first['versions']['torch']}, {date.today()}."
     )
+    return "\n".join(lines)
+
+
+def gains(rows: list[dict]) -> str:
+    """Differences between settings of one data set, seed by seed: the same images in the same order."""
+    values = {row["setting"]: row["values"] for row in rows}
+    lines = ["Gain in points, seed by seed:"]
+    for better, worse in (*ORDER, *NO_CLAIM):
+        if better in values and worse in values:
+            found = [100 * (a - b) for a, b in zip(values[better], values[worse], strict=True)]
+            lines.append(f"* {better} over {worse}: " + ", ".join(f"{gain:+.1f}" for gain in found))
     return "\n".join(lines)
 
 

@@ -145,7 +145,7 @@ class Annotating:
             "name": name,
             "width": size[1],
             "height": size[0],
-            "image": _address(_shrunk(Image.fromarray(image), Image.Resampling.BILINEAR), "JPEG"),
+            "image": _address(_shrunk(Image.fromarray(image)), "JPEG"),
             # As text: gradio looks at every number of a list, in the thread that serves all pages.
             "labels": {kind: ",".join(map(str, encode_runs(values))) for kind, values in labels.items()},
             "revisions": {kind: self._folder.revision(values) for kind, values in labels.items()},
@@ -299,9 +299,9 @@ def _shown_size(shape: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def _shrunk(image: Image.Image, how: Image.Resampling) -> Image.Image:
+def _shrunk(image: Image.Image) -> Image.Image:
     height, width = _shown_size((image.height, image.width))
-    return image if (width, height) == image.size else image.resize((width, height), how)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _address(image: Image.Image, form: str) -> str:

@@ -11,14 +11,10 @@ from PIL import Image, ImageDraw
 from demo.colormap import colorize
 from wsss_deploy.card import Refinement
 from wsss_deploy.drawing import is_background
-from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import affinity
 from wsss_deploy.pairwise.guides import make_guide
-from wsss_deploy.segmentation import Segmentation
 
 _MARK = 7
-#: The decoder's; that module needs torch.
-_CAM_FLOOR = 1e-4
 #: Small images are drawn larger, so that the mark does not hide what is around it.
 _LEAST_SIDE = 720
 
@@ -96,24 +92,6 @@ def enlarged(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The image (H, W, 3) a whole number of times as large, at least about `_LEAST_SIDE` pixels long."""
     times = max(1, _LEAST_SIDE // max(image.shape[:2]))
     return image.repeat(times, axis=0).repeat(times, axis=1)
-
-
-def activation_maps(result: Segmentation) -> npt.NDArray[np.float32]:
-    """Class activation maps from the scores of a `cams.pt` (decoder `cam`, see `wsss_deploy.networks.decoder`).
-
-    Args:
-        result: Of such a model, without refinement.
-
-    Returns:
-        float32 (C, h, w), not negative; 0 for the background.
-
-    Raises:
-        UsageError: The image was cut into tiles.
-    """
-    scores = result.network_scores
-    if scores is None:
-        raise UsageError("such an image is cut into tiles and has no activation maps; try a smaller one")
-    return (scores / np.maximum(scores[:1], 1e-12) - _CAM_FLOOR).clip(0) * (np.arange(len(scores)) > 0)[:, None, None]
 
 
 def tinted(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating]) -> Image.Image:

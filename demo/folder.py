@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from wsss_deploy.drawing import is_background
 from wsss_deploy.errors import DataError, ImageError, UsageError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images, read_palette
-from wsss_deploy.images import load_image
+from wsss_deploy.images import image_size, load_image
 from wsss_deploy.segmentation import write_png
 
 logger = logging.getLogger(__name__)
@@ -162,11 +162,7 @@ class AnnotatedFolder:
             DataError, ImageError: There is none of that name, or it cannot be read; the message names the file, not
                 where it lies.
         """
-        path = self.path(name)
-        try:
-            return load_image(path)
-        except ImageError as error:
-            raise ImageError(str(error).replace(str(path), path.name)) from error
+        return self._read(name, load_image)
 
     def size(self, name: object) -> tuple[int, int]:
         """Height and width of the upright image, from the header.
@@ -174,13 +170,14 @@ class AnnotatedFolder:
         Raises:
             DataError, ImageError: There is none of that name, or it cannot be read.
         """
+        return self._read(name, image_size)
+
+    def _read(self, name: object, reader: Callable[[Path], Any]) -> Any:
         path = self.path(name)
         try:
-            with Image.open(path) as image:
-                (width, height), turned = image.size, _lies(image)
-        except Exception as error:  # Pillow's readers raise almost anything
-            raise ImageError(f"{path.name}: cannot be read any more; restore it") from error
-        return (width, height) if turned else (height, width)
+            return reader(path)
+        except ImageError as error:
+            raise ImageError(str(error).replace(str(path), path.name)) from error
 
     def labels(self, name: str, kind: str, size: tuple[int, int]) -> Labels:
         """Labels of an image; all 255 where there are none.
@@ -385,14 +382,6 @@ def encode_runs(labels: Labels) -> list[int]:
 
 def _revision(labels: Labels) -> str:
     return hashlib.sha256(labels.tobytes()).hexdigest()[:16]
-
-
-def _lies(image: Image.Image) -> bool:
-    """Whether the upright image has its sides swapped."""
-    try:
-        return int(image.getexif().get(0x0112, 1)) in (5, 6, 7, 8)
-    except Exception:  # a damaged EXIF block is taken as upright, as in `load_image`
-        return False
 
 
 def _class_id(value: object, classes: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from wsss_deploy.card import Architecture, ModelCard, Sizing, default_palette
+from wsss_deploy.card import Architecture, Color, ModelCard, Sizing
 from wsss_deploy.errors import ImageError, WsssError
 
 if TYPE_CHECKING:
@@ -42,13 +42,16 @@ class Previews:
         self._newest: dict[Path, tuple[tuple[float, Path], Preview]] = {}
         self._unreadable: set[Path] = set()
 
-    def show(self, run: Path, images: Sequence[Path], classes: tuple[str, ...]) -> Preview | None:
+    def show(
+        self, run: Path, images: Sequence[Path], classes: tuple[str, ...], palette: tuple[Color, ...]
+    ) -> Preview | None:
         """The prediction for the first image that can be read, made anew when the run has saved another state.
 
         Args:
             run: The run's folder.
             images: What to segment one of.
             classes: Class names by id.
+            palette: Their colours.
 
         Returns:
             None where there is nothing to be shown: no state yet, no readable image, or torch is not installed
@@ -64,7 +67,7 @@ class Previews:
                     return None
                 if known is not None and known[0] == (saved, images[0]):
                     return known[1]
-                return self._predict(run, images, *_open(state, classes), saved)
+                return self._predict(run, images, *_open(state, classes, palette), saved)
         except (OSError, WsssError, ImportError):
             return None
 
@@ -84,7 +87,7 @@ class Previews:
         return None
 
 
-def _open(state: Path, classes: tuple[str, ...]) -> tuple[Segmenter, int]:
+def _open(state: Path, classes: tuple[str, ...], palette: tuple[Color, ...]) -> tuple[Segmenter, int]:
     import torch
 
     from wsss_deploy.networks import build_network, encoder_preprocessing
@@ -110,7 +113,7 @@ def _open(state: Path, classes: tuple[str, ...]) -> tuple[Segmenter, int]:
     card = ModelCard(
         name="preview",
         classes=classes,
-        palette=default_palette(len(classes)),
+        palette=palette,
         architecture=architecture,
         preprocessing=encoder_preprocessing(model["encoder"], model["encoder_options"]),
         sizing=Sizing(long_side=recipe["inference_long_side"] or recipe["augmentation"]["size"]),

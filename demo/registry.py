@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wsss_deploy.activation import CAMS
 from wsss_deploy.artifact import read_card
+from wsss_deploy.backends import can_run
 from wsss_deploy.errors import WsssError
 
 if TYPE_CHECKING:
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 #: What a finished run holds, the first is the one to deploy.
 _FILES = ("model.onnx", "model.pt")
-#: Written by a training from tags, beside its model.
-CAMS = "cams.pt"
 _KEPT_OPEN = 3
 
 
@@ -30,12 +30,7 @@ class Models:
         runs: Folder of training runs; looked through at every listing, so that new models appear.
     """
 
-    def __init__(
-        self,
-        given: Segmenter | None = None,
-        files: Sequence[Path] = (),
-        runs: Path | None = None,
-    ) -> None:
+    def __init__(self, given: Segmenter | None = None, files: Sequence[Path] = (), runs: Path | None = None) -> None:
         self._given = given
         self._files = {f"{path.parent.resolve().name}/{path.name}": path for path in files}
         self._runs = runs
@@ -87,7 +82,7 @@ class Models:
             return kept[1]
 
     def cams(self, key: object) -> Segmenter | None:
-        """What gives the class activation maps that taught a model: `cams.pt` beside it; None if there is none.
+        """What gives the class activation maps that taught a model: `cams.pt` beside it; None without it or torch.
 
         Raises:
             WsssError: It cannot be opened.
@@ -95,10 +90,8 @@ class Models:
         path = self._paths().get(key) if isinstance(key, str) else None
         if path is None or path.name == CAMS or not (path.parent / CAMS).is_file():
             return None
-        try:
-            return self._opened(path.parent / CAMS, refine=False)
-        except ImportError:  # torch is needed for it, and for nothing else
-            return None
+        # The exported model runs without torch; its classifier does not.
+        return self._opened(path.parent / CAMS, refine=False) if can_run("torch").available else None
 
     def fitting(self, classes: Sequence[str]) -> str | None:
         """The model that helps to annotate these classes: the newest run's, else the first that knows them."""

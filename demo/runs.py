@@ -561,16 +561,6 @@ def _command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def last_line(path: Path) -> str:
-    """What a command said last; empty if it has said nothing.
-
-    Args:
-        path: Where its output goes.
-    """
-    lines = _last_lines(path)
-    return lines[-1] if lines else ""
-
-
 def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as file:

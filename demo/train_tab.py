@@ -150,10 +150,11 @@ class _Handlers:
         try:
             labelled = self._folder.labelled()
             names = sorted(self._folder.names, key=lambda name: name in labelled)
-            images, classes = [self._folder.path(name) for name in names], self._folder.classes
+            images = [self._folder.path(name) for name in names]
+            classes, palette = self._folder.classes, self._folder.palette
         except WsssError:
             return hidden
-        preview = self._previews.show(self._runs.folder / run.name, images, classes)
+        preview = self._previews.show(self._runs.folder / run.name, images, classes, palette)
         if preview is None:
             return hidden
         picture = self._files.jpeg(preview.picture, f"{run.name}_{preview.iteration}.jpg")

@@ -9,11 +9,12 @@ import gradio as gr
 
 from demo import markup
 from demo.comparing import REACHES, Unrefined, changed_share, controls_of, refinement_of
-from demo.explaining import activation_maps, enlarged, listening, loudest_class, tinted
+from demo.explaining import enlarged, listening, loudest_class, tinted
 from demo.files import PageFiles, explain
 from demo.registry import Models
 from demo.segment_tab import KEPT_SECONDS, html, image_input, model_choice
 from demo.segmenting import SHOWN_SIDE, Limits, segment_upload, uploaded_file
+from wsss_deploy.activation import activation_maps
 from wsss_deploy.errors import WsssError
 
 
@@ -112,7 +113,8 @@ class _Handlers:
             kept = Unrefined.of(segment_upload(segmenter, file, self._limits), segmenter.card, file.stem, SHOWN_SIDE)
             classifier = self._models.cams(key)
             if classifier is not None and classifier.card.classes == kept.card.classes:
-                kept = replace(kept, cams=activation_maps(segment_upload(classifier, file, self._limits)))
+                seen = segment_upload(classifier, file, self._limits).network_scores
+                kept = kept if seen is None else replace(kept, cams=activation_maps(seen))
             name = kept.card.classes[loudest_class(kept.scores, kept.card.classes)]
             choice = gr.Dropdown(choices=list(kept.card.classes), value=name)
             return kept, *self.refine(kept, *controls), choice, *self.activation(kept, name)

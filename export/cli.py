@@ -10,16 +10,19 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from export.formats import FORMATS, check, read_formats, table
-from wsss_deploy.artifact import read_card
+from wsss_deploy.artifact import read_card, report_name
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.engine_manifest import manifest_path
 from wsss_deploy.errors import ParityError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images
+
+if TYPE_CHECKING:
+    from export.tensorrt_engine import Shapes
 
 _EXAMPLES = """
 examples:
@@ -89,12 +92,12 @@ def _export(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out or arguments.model.parent
     # Here, not above: torch takes seconds to import, and `--help` and wrong arguments should not wait for it.
     from export.onnx_graph import export_onnx
-    from export.parity import report_name
 
+    shapes = None
     if arguments.shapes is not None:
         from export.tensorrt_engine import read_shapes
 
-        read_shapes(arguments.shapes)  # says what is wrong with it before anything slow begins
+        shapes = read_shapes(arguments.shapes)  # says what is wrong with it before anything slow begins
     path = export_onnx(
         arguments.model,
         out,
@@ -119,7 +122,7 @@ def _export(arguments: argparse.Namespace) -> None:
     }
     served = path
     if any(item.name == "engine" for item in formats):
-        served = _engine(arguments, path, images, rows)
+        served = _engine(arguments, path, shapes, images, rows)
     if any(item.name == "triton" for item in formats):
         from export.triton import write_repository
 
@@ -134,12 +137,13 @@ def _export(arguments: argparse.Namespace) -> None:
         print(f"{name:<15}{value}")
 
 
-def _engine(arguments: argparse.Namespace, onnx_file: Path, images: list[Path], rows: dict[str, str]) -> Path:
+def _engine(
+    arguments: argparse.Namespace, onnx_file: Path, shapes: Shapes | None, images: list[Path], rows: dict[str, str]
+) -> Path:
     """Build the engine in a hidden folder; it takes its name after it has passed against torch."""
-    from export.parity import REPORT_FAILED, THRESHOLDS, check_parity, report_name
-    from export.tensorrt_engine import build_engine, read_shapes
+    from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
+    from export.tensorrt_engine import build_engine
 
-    shapes = None if arguments.shapes is None else read_shapes(arguments.shapes)
     target = onnx_file.with_suffix(".engine")
     command = ["wsss-export", str(arguments.model), "--format", "engine", "--precision", arguments.precision]
     command += ["--refine", arguments.refine]

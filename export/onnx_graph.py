@@ -18,10 +18,10 @@ from torch.export import Dim
 
 from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
-from export.parity import REPORT_FAILED, THRESHOLDS, check_parity, report_name
+from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
 from export.quantise import LADDER, quantise
 from wsss_deploy import __version__
-from wsss_deploy.artifact import CARD_KEY, load_model
+from wsss_deploy.artifact import CARD_KEY, load_model, report_name
 from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import ExportError, ParityError
 from wsss_deploy.files import atomic_write

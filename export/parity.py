@@ -251,17 +251,6 @@ def check_parity(
     )
 
 
-def report_name(model: str) -> str:
-    """Name of the report beside a file: `parity.json` for `model.onnx`, `parity.fp16.engine.json` for an fp16 engine.
-
-    Args:
-        model: Name of the file.
-    """
-    path = Path(model)
-    kind = "" if path.suffix == ".onnx" else path.suffix
-    return f"parity{path.stem.removeprefix('model')}{kind}.json"
-
-
 def _mean_ious(both: tuple[Segmenter, Segmenter], data: tuple[Path, str]) -> tuple[float, float]:
     pairs = find_pairs(*data, most=MOST_LABELLED)
     return mean_iou(both[0], pairs), mean_iou(both[1], pairs)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.cam.artifact import CAMS, save_cams
+from training.cam.artifact import save_cams
 from training.cam.head import freeze
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
 from training.data.dataset import DataSource
@@ -25,6 +25,7 @@ from training.methods.tag_settings import CamSettings, TagsSettings
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT
 from training.trainer import Trainer, make_fabric
+from wsss_deploy.activation import CAMS
 from wsss_deploy.card import Architecture, ModelCard
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing

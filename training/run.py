@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.cam.artifact import CAMS, save_cams
+from training.cam.artifact import save_cams
 from training.cam_stage import STAGE, add_pseudo_labels
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
@@ -30,6 +30,7 @@ from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
 from training.trainer import Trained, Trainer, device_and_precision
 from wsss_deploy import Segmenter
+from wsss_deploy.activation import CAMS
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import IGNORE_INDEX, Architecture, ModelCard, Protocol, Sizing
 from wsss_deploy.errors import DataError, RecipeError, TrainingError

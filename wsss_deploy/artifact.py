@@ -147,3 +147,14 @@ def _content(data: Any, path: Path) -> Mapping[str, Any]:
     if missing:
         raise ArtifactError(f"{path}: lacks {' and '.join(missing)}; train it again with wsss-train")
     return data
+
+
+def report_name(model: str) -> str:
+    """Name of the parity report beside a file: `parity.json` for `model.onnx`, `parity.fp16.engine.json` for an engine.
+
+    Args:
+        model: Name of the file.
+    """
+    path = Path(model)
+    kind = "" if path.suffix == ".onnx" else path.suffix
+    return f"parity{path.stem.removeprefix('model')}{kind}.json"

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 178_956_970
 
 _ORIENTATION_TAG = 0x0112
+#: Orientations whose upright image has its sides swapped.
+_TURNED = (5, 6, 7, 8)
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -150,6 +152,23 @@ def _check_size(height: int, width: int, name: str) -> None:
             f"{name}: {width} x {height} is {height * width / 1e6:.0f} megapixels, the limit is "
             f"{MAX_PIXELS / 1e6:.0f}; scale it down or cut it into parts"
         )
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of an image as `load_image` gives it, upright, from the file's header only.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ImageError: It cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            (width, height), orientation = image.size, _orientation(image, str(path))
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        raise ImageError(f"{path}: cannot be read as an image ({error}); save it again as PNG or JPEG") from error
+    return (width, height) if orientation in _TURNED else (height, width)
 
 
 def _orientation(image: Image.Image, name: str) -> int:

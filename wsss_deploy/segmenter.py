@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more.
 BATCH_PIXELS = 2_000_000
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +182,7 @@ class Segmenter:
             count = max(1, BATCH_PIXELS // (height * width))
             for start in range(0, len(members), count):
                 part = members[start : start + count]
-                results.update(zip(part, self._infer([prepared[index] for index in part]), strict=True))
+                results.update(zip(part, _halving(self._infer, [prepared[index] for index in part]), strict=True))
         return [results[index] for index in range(len(prepared))]
 
     def predict_masks(self, images: Sequence[ImageSource]) -> list[npt.NDArray[np.uint8]]:
@@ -212,7 +215,8 @@ class Segmenter:
             count = max(1, BATCH_PIXELS // (height * width))
             for start in range(0, len(members), count):
                 part = members[start : start + count]
-                found.update(zip(part, self._backend.masks(np.stack([pixels[index] for index in part])), strict=True))
+                masks = _halving(lambda batch: list(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
+                found.update(zip(part, masks, strict=True))
         rest = [index for index in range(len(pixels)) if index not in found]
         results = self.predict_batch([pixels[index] for index in rest])
         found.update((index, result.mask) for index, result in zip(rest, results, strict=True))
@@ -336,14 +340,7 @@ class Segmenter:
 
     def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
         start = time.perf_counter()
-        try:
-            scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
-        except OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            _log.warning("A batch of %d images does not fit into memory; half of it is tried", len(batch))
-            middle = len(batch) // 2
-            return [*self._infer(batch[:middle]), *self._infer(batch[middle:])]
+        scores, refinement = self._backend.run(np.stack([item.resized for item in batch]), self._refiner)
         refinement /= len(batch)
         inference = _milliseconds(start) / len(batch) - refinement
         self._check(scores, (len(batch), *batch[0].resized.shape[:2]))
@@ -369,3 +366,15 @@ class _Prepared(NamedTuple):
 
 def _milliseconds(since: float) -> float:
     return (time.perf_counter() - since) * 1e3
+
+
+def _halving(run: Callable[[list[_Item]], list[_Result]], batch: list[_Item]) -> list[_Result]:
+    """Run a batch; if it does not fit into memory, its halves."""
+    try:
+        return run(batch)
+    except OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        _log.warning("A batch of %d images does not fit into memory; half of it is tried", len(batch))
+        middle = len(batch) // 2
+        return [*_halving(run, batch[:middle]), *_halving(run, batch[middle:])]

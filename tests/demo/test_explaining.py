@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from demo.comparing import refinement_of
 from demo.explaining import influence, listening, loudest_class, tinted
+from demo.registry import Models
+from wsss_deploy.activation import CAMS
+from wsss_deploy.backends.base import Availability
 from wsss_deploy.refinement import Refiner
 
 
@@ -54,22 +59,7 @@ def test_the_controls_start_at_the_models_own_refinement():
     assert controls_of(STRONG) == (8, 1.0, "far")
 
 
-def test_activation_maps_come_from_the_classifier_beside_the_model(tmp_path, tiny_model, color_segmenter):
-    import shutil
-
-    from demo.explaining import activation_maps
-    from demo.registry import CAMS, Models
-    from wsss_deploy.segmentation import Segmentation
-
-    maps = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
-    maps[0] = 1.0
-    scores = (maps + np.float32([0, 1e-4, 1e-4])[:, None, None]) / (maps + 1e-4).sum(0)
-    card = color_segmenter.card
-    result = Segmentation(scores, np.zeros((8, 8, 3), np.uint8), card.classes, card.palette, {})
-    found = activation_maps(result)
-    np.testing.assert_allclose(found[1:], maps[1:], atol=1e-4)
-    assert (found[0] == 0).all()
-
+def test_the_classifier_beside_a_model_is_found(tmp_path, tiny_model, monkeypatch):
     run = tmp_path / "runs" / "run-001"
     run.mkdir(parents=True)
     shutil.copy(tiny_model, run / "model.pt")
@@ -78,3 +68,5 @@ def test_activation_maps_come_from_the_classifier_beside_the_model(tmp_path, tin
     shutil.copy(tiny_model, run / CAMS)
     assert models.cams("run-001/model.pt").card.name == "tiny"
     assert models.cams("unknown") is None
+    monkeypatch.setattr("demo.registry.can_run", lambda name: Availability(False, "not installed"))
+    assert models.cams("run-001/model.pt") is None  # the model itself may be an exported one

@@ -37,7 +37,7 @@ def resident_megabytes() -> float:
 def test_fifty_uploads_at_once(address, stripes):
     red, blue = (250, 10, 10), (10, 10, 250)
     contents = [
-        # As many stripes as the person's number modulo 7, so that results cannot be exchanged unnoticed.
+        # Two to four stripes by the person's number, so that an exchange of results is seen.
         stripes(f"{index}.png", WIDTH, HEIGHT, *[red, blue, blue, red][: 2 + index % 3]).read_bytes()
         for index in range(PEOPLE)
     ]

@@ -11,7 +11,6 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 import training.cam_stage
-from training.cam.artifact import CAMS
 from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
 from training.cam.pseudo_labels import write_label
@@ -22,6 +21,7 @@ from training.methods import Batch, build_method
 from training.methods.settings import MethodSettings
 from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
+from wsss_deploy.activation import CAMS
 from wsss_deploy.artifact import load_model
 from wsss_deploy.card import Architecture, Preprocessing
 from wsss_deploy.errors import DataError, RecipeError, TrainingError

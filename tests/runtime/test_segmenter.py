@@ -215,6 +215,12 @@ def test_a_batch_that_does_not_fit_is_halved(color_card, picture, caplog):
         np.testing.assert_array_equal(result.mask, strongest(picture))
     assert "does not fit into memory" in caplog.text
 
+    sizes.clear()
+    masks = model.predict_masks([picture] * 7)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert len(masks) == 7
+    np.testing.assert_array_equal(masks[-1], strongest(picture))
+
     class Full(torch.nn.Module):
         def forward(self, image):
             raise RuntimeError("std::bad_alloc")

@@ -14,9 +14,6 @@ from wsss_deploy.artifact import save_model
 from wsss_deploy.card import ModelCard
 from wsss_deploy.networks import SegmentationNetwork
 
-#: Its name, beside the run's model.
-CAMS = "cams.pt"
-
 
 def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: nn.Module, depth: float) -> bool:
     """Write encoder and classifier as a model whose scores are class activation maps (decoder `cam`).

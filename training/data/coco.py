@@ -160,7 +160,7 @@ class CocoSource(FileSource):
                 self._records[name] = _Record(path, annotations.get(item["id"], []), png, _declared_size(item))
         strays = sorted(map(str, annotations.keys() - {item["id"] for item in content["images"]}))
         if strays:
-            text = f"annotations of {counted(len(strays), 'image')} that is not in the list (first: id {strays[0]})"
+            text = f"annotations of {counted(len(strays), 'image')} not in the list 'images' (first: id {strays[0]})"
             found.append(Problem(path.name, f"{text}; they are left out", severity="remark"))
         if missing:
             text = f"{counted(len(missing), 'image')} not found (first: {missing[0]}); expected in {split}/ or images/"

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wsss_deploy import images
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError, ImageError
-from wsss_deploy.images import load_image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
-
-_ORIENTATION_TAG = 0x0112
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -26,7 +24,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         DataError: It cannot be read; the message names the file and the remedy.
     """
     try:
-        return load_image(path)
+        return images.load_image(path)
     except ImageError as error:
         raise DataError(str(error)) from error
 
@@ -38,12 +36,9 @@ def image_size(path: Path) -> tuple[int, int]:
         DataError: The file is no image.
     """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = int(image.getexif().get(_ORIENTATION_TAG, 1)) in (5, 6, 7, 8)
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise DataError(f"{path}: cannot be read as an image ({error}); save it again as PNG or JPEG") from error
-    return (width, height) if turned else (height, width)
+        return images.image_size(path)
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def read_label_map(path: Path) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsss_deploy.artifact import check_path, load_model, read_card
+from wsss_deploy.artifact import check_path, load_model, read_card, report_name
 from wsss_deploy.backends import can_run
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import WsssError
@@ -71,8 +71,7 @@ def _torch(model: Path) -> Check:
 
 
 def _parity(model: Path) -> Check:
-    kind = "" if model.suffix.lower() == ".onnx" else model.suffix.lower()
-    report = model.with_name(f"parity{model.stem.removeprefix('model')}{kind}.json")
+    report = model.with_name(report_name(model.name))
     try:
         content: dict[str, Any] = json.loads(report.read_bytes())
         digest, verdict = content["model_sha256"], content["verdict"]

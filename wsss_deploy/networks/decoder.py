@@ -14,6 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_deploy.activation import FLOOR
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks.upernet import UperNetDecoder
 
@@ -141,8 +142,8 @@ class CamDecoder(nn.Module):
     """Class activation maps of a classifier on the encoder's last map, as logits; not trained, see `training/cam`.
 
     The logit of class k is log(max(a_k, 0) + `FLOOR`) and that of class 0 is 0, where a_k is the classifier's weight on
-    the feature, without its biases (CAM, arXiv 1512.04150, equation 3). So the maps can be had back from softmax
-    scores s: a_k = s_k / s_0 - `FLOOR`.
+    the feature, without its biases (CAM, arXiv 1512.04150, equation 3). `wsss_deploy.activation.activation_maps` has
+    the maps back from the softmax scores.
 
     Args:
         channels: Channels of each encoder map.
@@ -150,8 +151,6 @@ class CamDecoder(nn.Module):
         width: Not used.
         num_classes: Channels of the logits, with the background.
     """
-
-    FLOOR = 1e-4
 
     def __init__(self, channels: Sequence[int], reductions: Sequence[int], width: int, num_classes: int) -> None:
         super().__init__()
@@ -162,7 +161,7 @@ class CamDecoder(nn.Module):
         """Logits (N, num_classes, H / 4, W / 4); arguments as for the other decoders."""
         maps: Tensor = self.classify(self.normalise(features[-1])).relu()
         size = (image.shape[-2] // OUTPUT_STRIDE, image.shape[-1] // OUTPUT_STRIDE)
-        logits = (_resize(maps, size) + self.FLOOR).log()
+        logits = (_resize(maps, size) + FLOOR).log()
         return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
 
 
