@@ -7,7 +7,8 @@ there are not read again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from training.cam.artifact import save_cams
 from training.cam.head import freeze
+from training.cam.labels import refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
+from training.cam.tokens import TokenCams, collect_tokens, fit_tokens
 from training.data.dataset import DataSource
 from training.data.pipeline import TrainingSet
-from training.methods.cam_methods import CamMethod, ClassifierCams, SharedFeatureCams
+from training.methods.cam_methods import CamModel, ClassifierCams, SharedFeatureCams
 from training.methods.label_rule import label_rule
-from training.methods.tag_settings import CamSettings, TagsSettings
+from training.methods.tag_settings import CamSettings, SharedFeatureSettings, TagsSettings, TokenSettings
 from training.recipe import EvaluationSettings, Recipe
-from training.state import CHECKPOINT
-from training.trainer import Trainer, make_fabric
+from training.state import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.trainer import Trainer, make_fabric, use_plain_attention
 from wsss_deploy.activation import CAMS
 from wsss_deploy.card import Architecture, ModelCard
 from wsss_deploy.errors import RecipeError
@@ -33,9 +36,14 @@ from wsss_deploy.networks.encoder import Encoder
 
 _log = logging.getLogger(__name__)
 
+LearningStage = ClassifierCams | SharedFeatureCams
+Stage = LearningStage | TokenCams
+
 STAGE, LABELS = "cams", "pseudo_labels"
 # Beyond the largest crop that the classifier has seen, objects outgrow what its tokens expect.
 _LONG_SIDE = 1.5
+# Pixels up to which multiplying matrices takes less time than torch's fused attention, and little memory.
+_PLAIN_ATTENTION_SIDE = 640
 
 
 def add_pseudo_labels(
@@ -64,10 +72,11 @@ def add_pseudo_labels(
         return labelled
     network, method = trained_classifier(recipe, source, folder, show)
     if card is not None:
-        depth = settings.cams.depth if isinstance(settings.cams, CamSettings) else 1.0
+        depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
         save_cams(folder / CAMS, card, network, method.head, depth)
     (folder / LABELS).mkdir(exist_ok=True)
     rule = label_rule(settings.labels)
+    make = sure_labels if method.knows_background else refined_labels
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     autocast = make_fabric(recipe).autocast
     for done, name in enumerate(missing, start=1):
@@ -75,7 +84,7 @@ def add_pseudo_labels(
         with autocast():
             view = network_image(image, long_side_of(recipe), preprocessing)
             cams = whole_image_cams(network.encoder, method, view, tags)
-        write_label(labelled.path(name), pseudo_label(image, cams.cpu(), tags, rule), source.palette)
+        write_label(labelled.path(name), pseudo_label(image, cams.cpu(), tags, rule, make), source.palette)
         if show and (done % max(1, len(missing) // 5) == 0 or done == len(missing)):
             _log.info("pseudo-labels: %d of %d images", done, len(missing))
     return labelled
@@ -83,7 +92,7 @@ def add_pseudo_labels(
 
 def trained_classifier(
     recipe: Recipe, source: DataSource, folder: Path, show: bool = True
-) -> tuple[SegmentationNetwork, CamMethod]:
+) -> tuple[SegmentationNetwork, Stage]:
     """Network and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
 
     Args and errors as in `add_pseudo_labels`.
@@ -100,6 +109,8 @@ def trained_classifier(
     )
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     dataset = TrainingSet(source, source.splits[recipe.train_split], ("tags",), recipe.augmentation, recipe.seed)
+    if isinstance(settings.cams, TokenSettings):
+        return _fitted(recipe, source, network, settings.cams, stage, show)
     freeze(network.encoder, settings.cam_frozen)
     method = build_cam_method(settings, network.encoder, dataset, recipe)
     optimisation = recipe.optimisation.model_copy(
@@ -112,13 +123,46 @@ def trained_classifier(
         }
     )
     evaluation = EvaluationSettings(every=settings.cam_iterations)
-    stage_recipe = recipe.model_copy(
-        update={"method": _what_the_stage_reads(settings), "optimisation": optimisation, "evaluation": evaluation}
-    )
+    stage_recipe = _stage_recipe(recipe, optimisation=optimisation, evaluation=evaluation)
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     trainer = Trainer(stage_recipe, network, method, dataset, preprocessing, stage, lambda _: None)
     trainer.run((stage / CHECKPOINT).is_file(), show)
     return network.eval(), method.eval()
+
+
+def _fitted(
+    recipe: Recipe, source: DataSource, network: SegmentationNetwork, settings: TokenSettings, stage: Path, show: bool
+) -> tuple[SegmentationNetwork, TokenCams]:
+    """The encoder as it is, and linear classifiers on it; from its checkpoint if there is one."""
+    fabric, stage_recipe, path = make_fabric(recipe), _stage_recipe(recipe), stage / CHECKPOINT
+    encoder = network.to(fabric.device).eval().encoder
+    if fabric.device.type == "cpu" and max(settings.scales) * long_side_of(recipe) <= _PLAIN_ATTENTION_SIDE:
+        use_plain_attention(encoder)
+    method = TokenCams(settings, encoder, len(source.classes))
+    if path.is_file():
+        method.load_state_dict(load_checkpoint(path, stage_recipe)["classifier"])
+        return network, method.to(fabric.device).eval()
+    names = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
+    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
+
+    def views() -> Iterator[Tensor]:
+        for done, name in enumerate(names, start=1):
+            yield network_image(source.load_image(name), long_side_of(recipe), preprocessing)
+            if show and (done % max(1, len(names) // 5) == 0 or done == len(names)):
+                _log.info("features: %d of %d images", done, len(names))
+
+    with tempfile.NamedTemporaryFile(dir=stage, suffix=".tokens") as file:
+        with fabric.autocast():
+            tokens = collect_tokens(Path(file.name), encoder, method.head.indices[0], views())
+        fit_tokens(method, tokens, [source.tags(name) or () for name in names], recipe.seed)
+        del tokens
+    save_checkpoint(path, stage_recipe, {"classifier": method.state_dict()})
+    return network, method.to(fabric.device).eval()
+
+
+def _stage_recipe(recipe: Recipe, **changes: object) -> Recipe:
+    """The recipe of the first stage alone."""
+    return recipe.model_copy(update={"method": _what_the_stage_reads(_settings(recipe)), **changes})
 
 
 def long_side_of(recipe: Recipe) -> int:
@@ -138,6 +182,9 @@ def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
     So labels can be made anew (delete `pseudo_labels/`, --resume with other thresholds) without training again.
     """
     cams = settings.cams
+    if isinstance(cams, TokenSettings):
+        cams = cams.model_copy(update={"scales": (1.0,)})
+        return type(settings)(cams=cams, cam_long_side=settings.cam_long_side)
     if isinstance(cams, CamSettings):
         cams = CamSettings(depths=cams.depths, pooling=cams.pooling)
     else:
@@ -151,8 +198,8 @@ def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
     )
 
 
-def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe) -> CamMethod:
-    """The first stage's method.
+def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe) -> LearningStage:
+    """The first stage's method, for encoders that learn.
 
     Args:
         settings: From the recipe.
@@ -163,6 +210,7 @@ def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: Training
     classes = len(dataset.source.classes)
     if isinstance(settings.cams, CamSettings):
         return ClassifierCams(settings.cams, encoder, classes)
+    assert isinstance(settings.cams, SharedFeatureSettings), "tokens are fitted, not trained"
     per_epoch = max(1.0, len(dataset) / recipe.optimisation.batch_size)
     counts = tag_counts(dataset.source, dataset.names)
     return SharedFeatureCams(settings.cams, encoder, classes, recipe.augmentation.size, counts, per_epoch)
@@ -177,7 +225,7 @@ def tag_counts(source: DataSource, names: Sequence[str]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def whole_image_cams(encoder: Encoder, method: CamMethod, image: Tensor, tags: Sequence[int]) -> Tensor:
+def whole_image_cams(encoder: Encoder, method: CamModel, image: Tensor, tags: Sequence[int]) -> Tensor:
     """CAMs of one image.
 
     Args:

@@ -269,12 +269,13 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
-def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
+def default_recipe(supervision: str, train_images: int, pretrained: bool = True) -> dict[str, Any]:
     """Values that work best for this kind of label and size of data set, by our measurements (docs/results.md).
 
     Args:
         supervision: Kind of label, or "auto".
         train_images: Number of training images.
+        pretrained: Whether the encoder starts from weights; features of a random one are nothing to rely on.
     """
     method: dict[str, Any] = {"name": "supervised"}
     if supervision != "masks":
@@ -289,7 +290,7 @@ def default_recipe(supervision: str, train_images: int) -> dict[str, Any]:
             # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
             method |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
     if supervision == "tags":
-        method = {"name": "tags"}
+        method = {"name": "tags"} if pretrained else {"name": "tags", "cams": {"kind": "classifier"}}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
     return {"supervision": supervision, "method": method, "optimisation": {"iterations": iterations}}

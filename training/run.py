@@ -77,7 +77,9 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     if supervision is not None:
         given["supervision"] = supervision
     split = str(given.get("train_split", "train"))
-    base = default_recipe(str(given.get("supervision", "auto")), len(source.splits.get(split, ())))
+    model = given.get("model")
+    pretrained = not isinstance(model, dict) or model.get("weights") != "none"
+    base = default_recipe(str(given.get("supervision", "auto")), len(source.splits.get(split, ())), pretrained)
     return build_recipe(merge(base, given))
 
 

@@ -83,6 +83,7 @@ def two_stages(name="tags", **options):
     return {"name": name, "cam_iterations": 3, **options}
 
 
+TOKENS = {"kind": "tokens", "iterations": 3, "batch_size": 2, "rounds": 1, "scales": [1.0, 2.0]}
 SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
 
 
@@ -90,10 +91,11 @@ SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
     "method",
     [
         two_stages(cams={"scales": [1.0]}, crf_weight=0.1, crf_start=0.0, correction={"start": 0.3, "threshold": 0.6}),
+        {"name": "tags", "cams": TOKENS},
         two_stages("sfc", cams=SHARED),
         {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0, 0.5]}, "regulariser_weight": 0.01},
     ],
-    ids=["tags", "sfc", "tscd"],
+    ids=["classifier", "tokens", "sfc", "tscd"],
 )
 def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     result = train(tagged, tmp_path / "run", values | {"method": method})
@@ -108,8 +110,9 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert maps.classes == card.classes
 
 
-def test_pseudo_labels_know_what_tags_say(tagged, tmp_path, values):
-    train(tagged, tmp_path / "run", values | {"method": two_stages()})
+@pytest.mark.parametrize("method", [two_stages(), {"name": "tags", "cams": TOKENS}], ids=["classifier", "tokens"])
+def test_pseudo_labels_know_what_tags_say(tagged, tmp_path, values, method):
+    train(tagged, tmp_path / "run", values | {"method": method})
     labels = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "run" / LABELS).glob("*.png")}
     assert sorted(labels) == [f"scene{i}" for i in (0, 1, 2, 3, 4, 6)], "an image that nobody tagged gets no label"
     for name, label in labels.items():
@@ -118,6 +121,33 @@ def test_pseudo_labels_know_what_tags_say(tagged, tmp_path, values):
         assert set(np.unique(label)) <= {0, kind, 255}
         if kind == 0:
             assert (label == 0).all(), "tagged with nothing: all background"
+
+
+def test_the_default_relies_on_features_only_where_there_are_any(tagged, values):
+    source = open_dataset(tagged)
+    assert resolve_recipe(source, "tags", [values]).method.cams.kind == "classifier"
+    trained = {"model": {"weights": "timm"}}
+    assert resolve_recipe(source, "tags", [values, trained]).method.cams.kind == "tokens"
+    chosen = {"method": {"cams": {"kind": "tokens"}}}
+    assert resolve_recipe(source, "tags", [values, chosen]).method.cams.kind == "tokens"
+
+
+def test_fitted_classifiers_are_kept(tagged, tmp_path, values, monkeypatch):
+    values["method"] = {"name": "tags", "cams": TOKENS}
+    folder = tmp_path / "run"
+    whole = load_model(train(tagged, folder, values).model)[1]
+    assert not list(folder.rglob("*.tokens"))
+    (folder / "model.pt").unlink()
+    (folder / CHECKPOINT).unlink()
+    shutil.rmtree(folder / LABELS)
+    monkeypatch.setattr(training.cam_stage, "fit_tokens", None)
+    again = load_model(train(tagged, folder, values, resume=True).model)[1]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    (folder / "model.pt").unlink()
+    shutil.rmtree(folder / LABELS)
+    values["method"] = {"name": "tags", "cams": TOKENS | {"pooling": 0.5}}
+    with pytest.raises(TrainingError, match="another recipe"):
+        train(tagged, folder, values, resume=True)
 
 
 @pytest.mark.parametrize("stop", ["training", "labels"])

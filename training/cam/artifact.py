@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from training.cam.head import CamHead
 from training.cam.prototypes import SharedFeatureHead
+from training.cam.tokens import OddsHead
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import ModelCard
 from wsss_deploy.networks import SegmentationNetwork
@@ -19,7 +20,8 @@ def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: n
     """Write encoder and classifier as a model whose scores are class activation maps (decoder `cam`).
 
     One scale, no flip, no tags: what the classifier itself sees. The maps that pseudo-labels are made from are sums
-    over scales; those of SFC are fused with prototypes, of which nothing is kept here.
+    over scales; those of SFC are fused with prototypes, of which nothing is kept here. Maps of an `OddsHead` are
+    log-odds against the background where these are positive.
 
     Args:
         path: Where to write.
@@ -58,10 +60,15 @@ def _classifier(
     assert isinstance(head, CamHead)
     index = head.cam_index(network.encoder, depth)
     normalise, classifier = head.classify[head.indices.index(index)]  # type: ignore[misc]
-    # CAMs leave the norm's bias out as they do the classifier's.
+    # CAMs leave the norm's bias out as they do the classifier's. Odds do not: the classifier's bias is brought into the
+    # norm's, whose file has no other place for it; there are more channels than classes, so that it fits exactly.
+    offset = torch.zeros_like(normalise.bias)
+    if isinstance(head, OddsHead):
+        kernel = classifier.weight.detach().flatten(1).double()
+        offset = normalise.bias + (torch.linalg.pinv(kernel) @ classifier.bias.detach().double()).to(offset)
     tensors = {
         "normalise.weight": normalise.weight,
-        "normalise.bias": torch.zeros_like(normalise.bias),
+        "normalise.bias": offset,
         "classify.weight": classifier.weight,
     }
     return "cam", index, tensors

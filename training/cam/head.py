@@ -59,7 +59,7 @@ def encode(encoder: Encoder, image: Tensor, indices: Sequence[int]) -> dict[int,
     """
     wanted = sorted(set(indices))
     model: Any = encoder.model
-    maps = model.forward_intermediates(image, indices=wanted, intermediates_only=True)
+    maps = model.forward_intermediates(image, indices=wanted, stop_early=True, intermediates_only=True)
     return dict(zip(wanted, maps, strict=True))
 
 

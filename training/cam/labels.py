@@ -90,6 +90,7 @@ class LabelRule:
         refiner: PAR or VARM; None thresholds without refinement.
         stride: Refinement at 1/stride of the image's size; the release has 2.
         temperature: Divides scores before the softmax over present classes; the release has 1.
+        sure: Least probability of a label in `sure_labels`, which has no part in `high`, `low` and `temperature`.
     """
 
     high: float = 0.55
@@ -97,6 +98,7 @@ class LabelRule:
     refiner: PairwiseParameters | None = _VARM
     stride: int = 2
     temperature: float = 1.0
+    sure: float = 0.6
 
 
 def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rule: LabelRule) -> Tensor:
@@ -128,23 +130,58 @@ def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rul
     return labels.masked_fill(~valid, IGNORE_INDEX)
 
 
-def _scores_by_slot(cams: Tensor, tags: Tensor, rule: LabelRule) -> tuple[Tensor, Tensor]:
-    """Softmaxed scores (N, 2 slots, h, w) for both background scores, and the class of each slot (N, slots).
+def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: LabelRule) -> Tensor:
+    """Training labels from maps that are probabilities: refined, and kept where one of them is sure.
 
-    Slot 0 is the background, the others the image's own classes; slots an image has no use for score 0.
+    Args:
+        image: In [0, 1] (N, 3, H, W), see `byte_image`.
+        maps: Of present classes (N, K, H, W), at least 0; what their sum lacks to 1 is the background's.
+        tags: (N, K), 1 where present.
+        valid: bool (N, H, W).
+        rule: `sure`, `stride` and refiner.
+
+    Returns:
+        int64 (N, H, W), 255 = ignore. An image without a tag is all background inside `valid`.
+    """
+    own, classes, _ = _present(maps, tags)
+    background = (1 - own.sum(dim=1, keepdim=True)).clamp(min=0)
+    small = (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride)
+    scores = _resized(torch.cat([background, own], dim=1), small)
+    if rule.refiner is not None:
+        guide = _resized(image.to(scores.dtype), small)
+        scores = refine(scores.contiguous(), guide.contiguous(), rule.refiner)
+    scores = _resized(scores, image.shape[-2:])
+    value, slot = (scores / scores.sum(dim=1, keepdim=True)).max(dim=1)
+    labels = classes.gather(1, slot.flatten(1)).reshape(valid.shape)
+    return labels.where((value >= rule.sure) & valid, IGNORE_INDEX)
+
+
+def _present(cams: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of each image's own classes (N, slots, H, W), 0 where it has fewer; classes (N, 1 + slots); which are used.
+
+    Slot 0 of the classes is the background.
     """
     present = tags == 1
     slots = int(present.sum(dim=1).max()) if present.numel() else 0
     order = present.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
     used = present.gather(1, order)
     own = cams.gather(1, order[:, :, None, None].expand(-1, -1, *cams.shape[-2:]))
+    classes = F.pad(torch.where(used, order + 1, 0), (1, 0))
+    return own * used[:, :, None, None], classes, used
+
+
+def _scores_by_slot(cams: Tensor, tags: Tensor, rule: LabelRule) -> tuple[Tensor, Tensor]:
+    """Softmaxed scores (N, 2 slots, h, w) for both background scores, and the class of each slot (N, slots).
+
+    Slot 0 is the background, the others the image's own classes; slots an image has no use for score 0.
+    """
+    own, classes, used = _present(cams, tags)
     parts = []
     for background in (rule.high, rule.low):
         stacked = torch.cat([torch.full_like(cams[:, :1], background), own], dim=1)
         small = _resized(stacked, (cams.shape[-2] // rule.stride, cams.shape[-1] // rule.stride))
         absent = F.pad(~used, (1, 0))[:, :, None, None]
         parts.append((small / rule.temperature).masked_fill(absent, -torch.inf).softmax(dim=1))
-    classes = F.pad(torch.where(used, order + 1, 0), (1, 0))
     return torch.cat(parts, dim=1), classes
 
 

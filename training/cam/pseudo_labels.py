@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,13 @@ def network_image(image: NDArray[np.uint8], long_side: int, preprocessing: Prepr
     return (small - mean) / std
 
 
-def pseudo_label(image: NDArray[np.uint8], cams: Tensor, tags: Sequence[int], rule: LabelRule) -> NDArray[np.uint8]:
+def pseudo_label(
+    image: NDArray[np.uint8],
+    cams: Tensor,
+    tags: Sequence[int],
+    rule: LabelRule,
+    make: Callable[[Tensor, Tensor, Tensor, Tensor, LabelRule], Tensor] = refined_labels,
+) -> NDArray[np.uint8]:
     """Labels of a whole image at its own size.
 
     Args:
@@ -47,6 +53,7 @@ def pseudo_label(image: NDArray[np.uint8], cams: Tensor, tags: Sequence[int], ru
         cams: (1, K, h, w) in [0, 1]; class id k + 1 is channel k.
         tags: Class ids that are in the image.
         rule: Thresholds and refiner.
+        make: `refined_labels`, or `sure_labels` for maps that know the background.
 
     Returns:
         uint8 (H, W), 255 = ignore.
@@ -56,7 +63,7 @@ def pseudo_label(image: NDArray[np.uint8], cams: Tensor, tags: Sequence[int], ru
     present[0, [tag - 1 for tag in tags]] = 1
     guide = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     raised = F.interpolate(cams.float(), size=size, mode="bilinear", align_corners=False)
-    labels = refined_labels(guide, raised, present, torch.ones(1, *size, dtype=torch.bool), rule)
+    labels = make(guide, raised, present, torch.ones(1, *size, dtype=torch.bool), rule)
     return labels[0].numpy().astype(np.uint8)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.cam.head import CamHead, encode
@@ -24,12 +24,17 @@ from wsss_deploy.networks import SegmentationNetwork
 from wsss_deploy.networks.encoder import Encoder
 
 
-class CamMethod(Method):
-    """A method whose trained state gives class activation maps.
+class CamModel(nn.Module, ABC):
+    """What gives class activation maps once it is trained.
 
     Args:
         classes: Foreground classes K.
+
+    Attributes:
+        knows_background: Whether one minus the sum of its maps is the background's probability.
     """
+
+    knows_background = False
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -47,6 +52,10 @@ class CamMethod(Method):
         Returns:
             (N, K, H, W) in [0, 1]; without a background channel.
         """
+
+
+class CamMethod(CamModel, Method):
+    """One that learns with the encoder, batch by batch."""
 
 
 class ClassifierCams(CamMethod):

@@ -12,4 +12,6 @@ def label_rule(settings: LabelSettings) -> LabelRule:
     refiner = None
     if settings.refiner != "off":
         refiner = PairwiseParameters(kind=settings.refiner, iterations=settings.iterations)
-    return LabelRule(settings.high, settings.low, refiner, temperature=settings.temperature)
+    return LabelRule(
+        high=settings.high, low=settings.low, sure=settings.sure, refiner=refiner, temperature=settings.temperature
+    )

@@ -33,6 +33,46 @@ class CamSettings(_Strict):
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.75, 1.25)
 
 
+class TokenSettings(_Strict):
+    """CAMs from linear classifiers on the features of an encoder that stays as it was pretrained (docs/tags.md).
+
+    What a few images and tags teach an encoder costs it more than it gains; a linear classifier on its features learns
+    in seconds, and one with a background class can learn from what classes have in common over the whole data set.
+
+    Attributes:
+        depth: Fraction of the encoder's depth whose features are taken.
+        pooling: Fraction of an image's positions whose mean is its score; `CamSettings.pooling`.
+        iterations: Optimiser steps of the first classifier, of images.
+        batch_size: Images in a step.
+        learning_rate: Peak rate of both classifiers' optimiser, a third of it for the second.
+        foreground: A position with a score above it is a seed of its class.
+        background: A position where all scores are below it is a seed of the background.
+        rounds: Trainings of the second classifier, of positions: on seeds, then on what the last one is sure of.
+        sure: Least probability of that.
+        scales: Factors of the image's size over which probabilities are averaged.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    depth: Depth = 10 / 12
+    pooling: Share = 0.1
+    iterations: Annotated[int, Field(ge=1)] = 3000
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    foreground: Share = 0.4
+    background: Share = 0.15
+    rounds: Annotated[int, Field(ge=1, le=10)] = 3
+    sure: Share = 0.7
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 1.5)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.background > self.foreground:
+            raise ValueError(
+                f"background is {self.background}, foreground {self.foreground}; expected background <= foreground"
+            )
+        return self
+
+
 class SharedFeatureSettings(_Strict):
     """CAMs calibrated by shared features (SFC, arXiv 2401.11719).
 
@@ -66,6 +106,8 @@ class LabelSettings(_Strict):
     Attributes:
         high: Background score above which, in spite of it, a class is sure.
         low: Background score below which the background is sure; between the two is 255.
+        sure: Least probability of a label, where the maps know the background (`TokenSettings`); `high` and `low` have
+            no part there.
         refiner: Local refinement of both passes: "varm" (TSCD), "par" (AFA) or "off".
         iterations: Of the refiner.
         temperature: Divides scores before the softmax over background and present classes.
@@ -73,6 +115,7 @@ class LabelSettings(_Strict):
 
     high: Share = 0.55
     low: Share = 0.35
+    sure: Share = 0.6
     refiner: Literal["varm", "par", "off"] = "varm"
     iterations: Annotated[int, Field(ge=1, le=100)] = 10
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -86,12 +129,14 @@ class LabelSettings(_Strict):
 
 def _kind(value: Any) -> str:
     # A recipe that changes one option need not repeat the kind.
-    found = value.get("kind", "classifier") if isinstance(value, dict) else getattr(value, "kind", "")
+    found = value.get("kind", "tokens") if isinstance(value, dict) else getattr(value, "kind", "")
     return str(found)
 
 
 CamKind = Annotated[
-    Annotated[CamSettings, Tag("classifier")] | Annotated[SharedFeatureSettings, Tag("shared_feature")],
+    Annotated[TokenSettings, Tag("tokens")]
+    | Annotated[CamSettings, Tag("classifier")]
+    | Annotated[SharedFeatureSettings, Tag("shared_feature")],
     Discriminator(_kind),
 ]
 
@@ -114,7 +159,8 @@ class TagsSettings(_Strict):
     Attributes:
         cams: How CAMs come about.
         labels: How CAMs become labels.
-        cam_iterations: Optimiser steps of the first stage; `optimisation.iterations` are the second's.
+        cam_iterations: Optimiser steps of the first stage; `optimisation.iterations` are the second's. This and the
+            next three are of encoders that learn; `cams` of kind "tokens" has its own.
         cam_learning_rate: The first stage's peak rate of the encoder.
         cam_head_factor: The first stage's classifiers have this many times the encoder's rate.
         cam_frozen: Part of the encoder's layers, from the image on, that the first stage leaves as they are: general
@@ -127,7 +173,7 @@ class TagsSettings(_Strict):
     """
 
     name: Literal["tags"] = "tags"
-    cams: CamKind = CamSettings()
+    cams: CamKind = TokenSettings()
     labels: LabelSettings = LabelSettings()
     cam_iterations: Annotated[int, Field(ge=1)] = 400
     cam_learning_rate: Annotated[float, Field(gt=0)] = 1e-4

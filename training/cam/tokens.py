@@ -1,0 +1,283 @@
+"""Class activation maps from linear classifiers on the tokens of an encoder that stays as it was pretrained.
+
+Two classifiers, both linear. The first tells images apart: the mean of a class's highest positions is the image's
+score (between average and maximum pooling, arXiv 1512.04150 and 1411.6228). Its clear positions are seeds of classes
+and background; the second learns from the seeds of the whole data set, then from what it is sure of itself among the
+tags of each image (seeds and expansion, SEC, arXiv 1603.06098; here on frozen features). What one image cannot say,
+that grass is no part of a sheep, many images say together: grass is with cows and horses too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.cam.head import CamHead, encode
+from training.methods.cam_methods import CamModel
+from training.methods.tag_settings import TokenSettings
+from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.networks.encoder import Encoder
+
+_log = logging.getLogger(__name__)
+
+_POSITIONS, _STEPS = 2048, 600
+_DECAY_IMAGES, _DECAY_POSITIONS = 0.01, 0.05
+_HALF_MAX = 65504.0
+#: Rows of a file that are looked at in one piece.
+_PIECE = 1 << 16
+
+
+class Tokens:
+    """Normalised tokens of many images in a file, so that memory does not grow with the data set.
+
+    Args:
+        path: Of the file, float16 (rows, channels).
+        starts: First row of each image, and the number of rows at the end; int64 (images + 1,).
+        channels: Values in a row.
+    """
+
+    def __init__(self, path: Path, starts: NDArray[np.int64], channels: int) -> None:
+        self.starts = starts
+        self._rows = np.memmap(path, np.float16, "r", shape=(int(starts[-1]), channels))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def image(self, index: int) -> Tensor:
+        """float32 (positions, channels) of one image."""
+        return torch.from_numpy(self._rows[self.starts[index] : self.starts[index + 1]].astype(np.float32))
+
+    def rows(self, indices: NDArray[np.int64]) -> Tensor:
+        """float32 (len(indices), channels) of any positions."""
+        return torch.from_numpy(self._rows[indices].astype(np.float32))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel over all positions, (channels,) each."""
+        total, squares = (np.zeros(self._rows.shape[1]) for _ in range(2))
+        for start in range(0, len(self._rows), _PIECE):
+            piece = self._rows[start : start + _PIECE].astype(np.float64)
+            total += piece.sum(axis=0)
+            squares += (piece**2).sum(axis=0)
+        mean = total / len(self._rows)
+        deviation = np.sqrt((squares / len(self._rows) - mean**2).clip(0))
+        return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
+
+
+def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Tensor]) -> Tokens:
+    """Write the tokens of images, each normalised to mean 0 and variance 1 over its channels.
+
+    Args:
+        path: Of the file to be made.
+        encoder: In evaluation mode.
+        index: Of the block or stage, as timm counts.
+        views: Normalised images (1, 3, H, W) of any size.
+    """
+    lengths, channels = [0], 0
+    device = next(encoder.parameters()).device
+    with path.open("wb") as file, torch.no_grad():
+        for view in views:
+            found = encode(encoder, view.to(device), [index])[index][0].float()
+            channels = found.shape[0]
+            rows = F.layer_norm(found.flatten(1).T, (channels,)).clamp(-_HALF_MAX, _HALF_MAX)
+            lengths.append(len(rows))
+            file.write(rows.half().cpu().numpy().tobytes())
+    return Tokens(path, np.cumsum(lengths), channels)
+
+
+class OddsHead(CamHead):
+    """A classifier whose scores are log-odds of the classes against the background.
+
+    Args:
+        encoder: Tells the channels; not kept.
+        classes: Foreground classes K.
+        depth: Fraction of the encoder's depth.
+        pooling: Of the classifier of images that comes first.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, depth: float, pooling: float) -> None:
+        super().__init__(encoder, classes, (depth,), pooling)
+
+    @property
+    def layers(self) -> tuple[nn.LayerNorm, nn.Conv2d]:
+        """Normalisation and classifier."""
+        pair: Any = self.classify[0]
+        return pair[0], pair[1]
+
+
+class TokenCams(CamModel):
+    """Probabilities of the classes of an image from its tokens; learnt by `fit_tokens`.
+
+    Args:
+        settings: From the recipe.
+        encoder: Tells channels.
+        num_classes: With background.
+    """
+
+    knows_background = True
+
+    def __init__(self, settings: TokenSettings, encoder: Encoder, num_classes: int) -> None:
+        super().__init__(num_classes - 1)
+        self.settings = settings
+        self.head = OddsHead(encoder, num_classes - 1, settings.depth, settings.pooling)
+
+    @torch.no_grad()
+    def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """Probabilities among the background and the image's own classes, mean over scales; see `CamModel.cams`."""
+        index = self.head.indices[0]
+        absent = (tags != 1)[:, :, None, None]
+        size, stride = image.shape[-2:], encoder.stride
+        total = image.new_zeros(len(image), self.classes, *size)
+        for scale in self.settings.scales:
+            sides = [max(stride, round(scale * side / stride) * stride) for side in size]
+            view = image
+            if tuple(sides) != tuple(size):
+                view = F.interpolate(image, size=sides, mode="bilinear", align_corners=False, antialias=True)
+            odds = self.head(encode(encoder, view, [index]))[index].float().masked_fill(absent, -torch.inf)
+            shares = F.pad(odds, (0, 0, 0, 0, 1, 0)).softmax(dim=1)[:, 1:]
+            total += F.interpolate(shares, size=size, mode="bilinear", align_corners=False)
+        return total / len(self.settings.scales)
+
+
+def fit_tokens(model: TokenCams, tokens: Tokens, tags: Sequence[Sequence[int]], seed: int) -> None:
+    """Learn both classifiers.
+
+    Args:
+        model: Its head is changed in place.
+        tokens: Of the tagged images.
+        tags: Class ids of each of them.
+        seed: Of the order in which they are seen.
+    """
+    settings, classes = model.settings, model.classes
+    mean, deviation = tokens.moments()
+    scale = 1 / deviation.clamp(min=1e-6)
+    shift = -mean * scale
+    generator = np.random.default_rng(seed)
+    present = torch.zeros(len(tags), classes + 1)
+    present[:, 0] = 1
+    for row, ids in zip(present, tags, strict=True):
+        row[list(ids)] = 1
+
+    def features(rows: Tensor) -> Tensor:
+        return rows * scale + shift
+
+    first = _learn_images(tokens, features, present[:, 1:], settings, generator)
+    labels = _seeds(tokens, features, first, present[:, 1:], settings)
+    second = first
+    for _ in range(settings.rounds):
+        second = _learn_positions(tokens, features, labels, classes + 1, settings.learning_rate / 3, generator)
+        labels = _sure(tokens, features, second, present, settings.sure)
+    normalise, classifier = model.head.layers
+    with torch.no_grad():
+        normalise.weight.copy_(scale)
+        normalise.bias.copy_(shift)
+        classifier.weight.copy_((second.weight[1:] - second.weight[:1])[:, :, None, None])
+        assert classifier.bias is not None
+        classifier.bias.copy_(second.bias[1:] - second.bias[:1])
+
+
+_Features = Callable[[Tensor], Tensor]
+
+
+def _optimise(layer: nn.Linear, rate: float, decay: float, steps: int, loss: Callable[[], Tensor]) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, steps)
+    threads = torch.get_num_threads()
+    # Steps of less than a millisecond: on a busy machine threads wait for each other longer than they work.
+    torch.set_num_threads(1)
+    try:
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss().backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _learn_images(
+    tokens: Tokens, features: _Features, present: Tensor, settings: TokenSettings, generator: np.random.Generator
+) -> nn.Linear:
+    """Scores of positions whose highest tell an image's classes."""
+    layer = nn.Linear(len(features(tokens.image(0))[0]), present.shape[1])
+
+    def loss() -> Tensor:
+        chosen = generator.integers(len(tokens), size=settings.batch_size)
+        scores = []
+        for index in chosen:
+            maps: Tensor = layer(features(tokens.image(index)))
+            highest = maps.topk(max(1, round(settings.pooling * len(maps))), dim=0).values
+            scores.append(highest.mean(dim=0))
+        return F.binary_cross_entropy_with_logits(torch.stack(scores), present[chosen])
+
+    _optimise(layer, settings.learning_rate, _DECAY_IMAGES, settings.iterations, loss)
+    return layer
+
+
+@torch.no_grad()
+def _seeds(
+    tokens: Tokens, features: _Features, layer: nn.Linear, present: Tensor, settings: TokenSettings
+) -> NDArray[np.uint8]:
+    """Labels of positions that the first classifier is clear about, 255 elsewhere."""
+    labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
+    for index, own in enumerate(present):
+        chances: Tensor = layer(features(tokens.image(index))).sigmoid() * own
+        # A class that the classifier is unsure of is still somewhere, one that it is sure of not everywhere: the
+        # geometric mean of the chance itself and of its part of the image's highest.
+        scores = chances / chances.amax(dim=0).clamp(min=1e-6).sqrt()
+        value, best = scores.max(dim=1)
+        found = torch.where(value > settings.foreground, best + 1, IGNORE_INDEX)
+        found = torch.where(value < settings.background, 0, found)
+        labels[tokens.starts[index] : tokens.starts[index + 1]] = found.numpy()
+        # Every class has a seed in each of its images, and each image one of the background, however vague the scores.
+        labels[tokens.starts[index] + int(value.argmin())] = 0
+        for kind in own.nonzero()[:, 0].tolist():
+            labels[tokens.starts[index] + int(scores[:, kind].argmax())] = kind + 1
+    return labels
+
+
+def _learn_positions(
+    tokens: Tokens,
+    features: _Features,
+    labels: NDArray[np.uint8],
+    classes: int,
+    rate: float,
+    generator: np.random.Generator,
+) -> nn.Linear:
+    """Classes of single positions, the background among them; rarer ones weigh more."""
+    known = np.flatnonzero(labels != IGNORE_INDEX)
+    counts = torch.from_numpy(np.bincount(labels[known], minlength=classes)).float()
+    weights = (counts.sum() / counts.clamp(min=1)).sqrt() * (counts > 0)
+    weights = weights / weights.sum() * classes
+    layer = nn.Linear(len(features(tokens.image(0))[0]), classes)
+
+    def loss() -> Tensor:
+        chosen = known[generator.integers(len(known), size=_POSITIONS)]
+        scores: Tensor = layer(features(tokens.rows(chosen)))
+        return F.cross_entropy(scores, torch.from_numpy(labels[chosen]).long(), weight=weights)
+
+    _optimise(layer, rate, _DECAY_POSITIONS, _STEPS, loss)
+    return layer
+
+
+@torch.no_grad()
+def _sure(
+    tokens: Tokens, features: _Features, layer: nn.Linear, present: Tensor, threshold: float
+) -> NDArray[np.uint8]:
+    """What the second classifier is sure of among the background and each image's own classes, 255 elsewhere."""
+    labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
+    for index, own in enumerate(present):
+        scores: Tensor = layer(features(tokens.image(index)))
+        value, best = scores.masked_fill(own == 0, -torch.inf).softmax(dim=1).max(dim=1)
+        found = torch.where(value > threshold, best, IGNORE_INDEX)
+        labels[tokens.starts[index] : tokens.starts[index + 1]] = found.numpy()
+    return labels
