@@ -169,18 +169,19 @@ def fit_tokens(model: TokenCams, tokens: Tokens, tags: Sequence[Sequence[int]], 
         return rows * scale + shift
 
     first = _learn_images(tokens, features, present[:, 1:], settings, generator)
+    weight, bias = first.weight, first.bias
     labels = _seeds(tokens, features, first, present[:, 1:], settings)
-    second = first
     for _ in range(settings.rounds):
         second = _learn_positions(tokens, features, labels, classes + 1, settings.learning_rate / 3, generator)
         labels = _sure(tokens, features, second, present, settings.sure)
+        weight, bias = second.weight[1:] - second.weight[:1], second.bias[1:] - second.bias[:1]
     normalise, classifier = model.head.layers
     with torch.no_grad():
         normalise.weight.copy_(scale)
         normalise.bias.copy_(shift)
-        classifier.weight.copy_((second.weight[1:] - second.weight[:1])[:, :, None, None])
+        classifier.weight.copy_(weight[:, :, None, None])
         assert classifier.bias is not None
-        classifier.bias.copy_(second.bias[1:] - second.bias[:1])
+        classifier.bias.copy_(bias)
 
 
 _Features = Callable[[Tensor], Tensor]

@@ -47,7 +47,8 @@ class TokenSettings(_Strict):
         learning_rate: Peak rate of both classifiers' optimiser, a third of it for the second.
         foreground: A position with a score above it is a seed of its class.
         background: A position where all scores are below it is a seed of the background.
-        rounds: Trainings of the second classifier, of positions: on seeds, then on what the last one is sure of.
+        rounds: Trainings of the second classifier, of positions: on seeds, then on what the last one is sure of; 0
+            leaves it at the first, whose scores of positions then are odds against the background.
         sure: Least probability of that.
         scales: Factors of the image's size over which probabilities are averaged.
     """
@@ -60,7 +61,7 @@ class TokenSettings(_Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     foreground: Share = 0.4
     background: Share = 0.15
-    rounds: Annotated[int, Field(ge=1, le=10)] = 3
+    rounds: Annotated[int, Field(ge=0, le=10)] = 3
     sure: Share = 0.7
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 1.5)
 
