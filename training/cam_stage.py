@@ -7,8 +7,7 @@ there are not read again.
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,20 @@ from training.cam.artifact import save_cams
 from training.cam.head import freeze
 from training.cam.labels import refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
-from training.cam.tokens import TokenCams, collect_tokens, fit_tokens
+from training.cam.tokens import TokenCams
 from training.data.dataset import DataSource
 from training.data.pipeline import TrainingSet
 from training.methods.cam_methods import CamModel, ClassifierCams, SharedFeatureCams
 from training.methods.label_rule import label_rule
 from training.methods.tag_settings import CamSettings, SharedFeatureSettings, TagsSettings, TokenSettings
 from training.recipe import EvaluationSettings, Recipe
-from training.state import CHECKPOINT, load_checkpoint, save_checkpoint
-from training.trainer import Trainer, make_fabric, use_plain_attention
+from training.state import CHECKPOINT
+from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
+from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
 from wsss_deploy.card import Architecture, ModelCard
 from wsss_deploy.errors import RecipeError
-from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
+from wsss_deploy.networks import build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
 
 _log = logging.getLogger(__name__)
@@ -40,10 +40,6 @@ LearningStage = ClassifierCams | SharedFeatureCams
 Stage = LearningStage | TokenCams
 
 STAGE, LABELS = "cams", "pseudo_labels"
-# Beyond the largest crop that the classifier has seen, objects outgrow what its tokens expect.
-_LONG_SIDE = 1.5
-# Pixels up to which multiplying matrices takes less time than torch's fused attention, and little memory.
-_PLAIN_ATTENTION_SIDE = 640
 
 
 def add_pseudo_labels(
@@ -70,10 +66,10 @@ def add_pseudo_labels(
     missing = [name for name in tagged if not labelled.path(name).is_file()]
     if not missing:
         return labelled
-    network, method = trained_classifier(recipe, source, folder, show)
+    encoder, method = trained_classifier(recipe, source, folder, show)
     if card is not None:
         depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
-        save_cams(folder / CAMS, card, network, method.head, depth)
+        save_cams(folder / CAMS, card, encoder, method.head, depth)
     (folder / LABELS).mkdir(exist_ok=True)
     rule = label_rule(settings.labels)
     make = sure_labels if method.knows_background else refined_labels
@@ -83,17 +79,15 @@ def add_pseudo_labels(
         image, tags = source.load_image(name), source.tags(name) or ()
         with autocast():
             view = network_image(image, long_side_of(recipe), preprocessing)
-            cams = whole_image_cams(network.encoder, method, view, tags)
+            cams = whole_image_cams(encoder, method, view, tags)
         write_label(labelled.path(name), pseudo_label(image, cams.cpu(), tags, rule, make), source.palette)
         if show and (done % max(1, len(missing) // 5) == 0 or done == len(missing)):
             _log.info("pseudo-labels: %d of %d images", done, len(missing))
     return labelled
 
 
-def trained_classifier(
-    recipe: Recipe, source: DataSource, folder: Path, show: bool = True
-) -> tuple[SegmentationNetwork, Stage]:
-    """Network and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
+def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: bool = True) -> tuple[Encoder, Stage]:
+    """Encoder and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
 
     Args and errors as in `add_pseudo_labels`.
     """
@@ -101,6 +95,22 @@ def trained_classifier(
     stage = folder / STAGE
     stage.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
+    if isinstance(settings.cams, TokenSettings):
+        encoder = pretrained_encoder(recipe, len(source.classes))
+        names = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
+        return encoder, fitted_tokens(
+            recipe,
+            _stage_recipe(recipe),
+            source,
+            encoder,
+            settings.cams,
+            long_side_of(recipe),
+            names,
+            lambda name: (0, *(source.tags(name) or ())),
+            None,
+            stage,
+            show,
+        )
     architecture = Architecture(
         encoder=model.encoder,
         decoder=model.decoder,
@@ -109,8 +119,6 @@ def trained_classifier(
     )
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     dataset = TrainingSet(source, source.splits[recipe.train_split], ("tags",), recipe.augmentation, recipe.seed)
-    if isinstance(settings.cams, TokenSettings):
-        return _fitted(recipe, source, network, settings.cams, stage, show)
     freeze(network.encoder, settings.cam_frozen)
     method = build_cam_method(settings, network.encoder, dataset, recipe)
     optimisation = recipe.optimisation.model_copy(
@@ -127,37 +135,7 @@ def trained_classifier(
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     trainer = Trainer(stage_recipe, network, method, dataset, preprocessing, stage, lambda _: None)
     trainer.run((stage / CHECKPOINT).is_file(), show)
-    return network.eval(), method.eval()
-
-
-def _fitted(
-    recipe: Recipe, source: DataSource, network: SegmentationNetwork, settings: TokenSettings, stage: Path, show: bool
-) -> tuple[SegmentationNetwork, TokenCams]:
-    """The encoder as it is, and linear classifiers on it; from its checkpoint if there is one."""
-    fabric, stage_recipe, path = make_fabric(recipe), _stage_recipe(recipe), stage / CHECKPOINT
-    encoder = network.to(fabric.device).eval().encoder
-    if fabric.device.type == "cpu" and max(settings.scales) * long_side_of(recipe) <= _PLAIN_ATTENTION_SIDE:
-        use_plain_attention(encoder)
-    method = TokenCams(settings, encoder, len(source.classes))
-    if path.is_file():
-        method.load_state_dict(load_checkpoint(path, stage_recipe)["classifier"])
-        return network, method.to(fabric.device).eval()
-    names = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
-    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
-
-    def views() -> Iterator[Tensor]:
-        for done, name in enumerate(names, start=1):
-            yield network_image(source.load_image(name), long_side_of(recipe), preprocessing)
-            if show and (done % max(1, len(names) // 5) == 0 or done == len(names)):
-                _log.info("features: %d of %d images", done, len(names))
-
-    with tempfile.NamedTemporaryFile(dir=stage, suffix=".tokens") as file:
-        with fabric.autocast():
-            tokens = collect_tokens(Path(file.name), encoder, method.head.indices[0], views())
-        fit_tokens(method, tokens, [source.tags(name) or () for name in names], recipe.seed)
-        del tokens
-    save_checkpoint(path, stage_recipe, {"classifier": method.state_dict()})
-    return network, method.to(fabric.device).eval()
+    return network.eval().encoder, method.eval()
 
 
 def _stage_recipe(recipe: Recipe, **changes: object) -> Recipe:
@@ -167,7 +145,7 @@ def _stage_recipe(recipe: Recipe, **changes: object) -> Recipe:
 
 def long_side_of(recipe: Recipe) -> int:
     """Pixels of the longer side at which images are read for their CAMs."""
-    return _settings(recipe).cam_long_side or round(_LONG_SIDE * recipe.augmentation.size)
+    return _settings(recipe).cam_long_side or default_long_side(recipe)
 
 
 def _settings(recipe: Recipe) -> TagsSettings:

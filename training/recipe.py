@@ -162,6 +162,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's truth values: `off`, `on`, `yes` and `no` are texts, which here are names of choices."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's way to change them
+        first: [item for item in items if not (item[0].endswith(":bool") and first not in "tTfF")]
+        for first, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The values of a YAML recipe file, not yet validated.
 
@@ -169,7 +178,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         RecipeError: The file cannot be read or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML recipe"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -194,7 +203,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not all(parts):
             raise RecipeError([f"'{text}': expected KEY=VALUE, for example optimisation.learning_rate=1e-4"])
         try:
-            nested: Any = _number(yaml.safe_load(value))
+            nested: Any = _number(yaml.load(value, _Loader))
         except yaml.YAMLError as error:
             raise RecipeError([f"'{text}': the value is not valid YAML"]) from error
         for part in reversed(parts):

@@ -23,8 +23,10 @@ from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
+from training.methods.settings import SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
+from training.propagation_stage import add_propagated_labels
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
@@ -174,6 +176,11 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         kinds = ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
     dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
+    if isinstance(recipe.method, SparseSettings) and recipe.method.propagate is not None:
+        _write_recipe(folder, recipe)
+        carried = add_propagated_labels(recipe, recipe.method.propagate, labelled, dataset, folder, show)
+        resume = resume and (folder / CHECKPOINT).exists()
+        dataset = TrainingSet(carried, dataset.names, ("masks",), recipe.augmentation, recipe.seed)
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
@@ -191,7 +198,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     _write_recipe(folder, recipe)  # not earlier: what cannot start leaves nothing that looks like a run
     trained = trainer.run(resume, show)
     if isinstance(method, TSCD):
-        save_cams(folder / CAMS, card, network, method.head, method.settings.cams.depth)
+        save_cams(folder / CAMS, card, network.encoder, method.head, method.settings.cams.depth)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
     choice = None
     if validation:

@@ -46,7 +46,7 @@ def test_the_file_gives_the_classifiers_maps(encoder, depth, tmp_path):
     head = CamHead(network.encoder, 2, (0.5, 1.0), pooling=1.0).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    assert save_cams(tmp_path / CAMS, card, network, head, depth)
+    assert save_cams(tmp_path / CAMS, card, network.encoder, head, depth)
     image = torch.randn(1, 3, 64, 96)
     index = head.cam_index(network.encoder, depth)
     normalise, classifier = head.classify[head.indices.index(index)]
@@ -61,7 +61,7 @@ def test_the_file_gives_the_classifiers_maps(encoder, depth, tmp_path):
 def test_shared_features_leave_the_feature_as_it_is(tmp_path):
     network, card = network_and_card("test_vit")
     head = SharedFeatureHead(network.encoder.channels, 2, (8, 8, 8, 8))
-    assert save_cams(tmp_path / CAMS, card, network, head, 1.0)
+    assert save_cams(tmp_path / CAMS, card, network.encoder, head, 1.0)
     image = torch.randn(1, 3, 64, 64)
     maps = head.classifier(network.encoder(image)[-1]).relu()
     expected = F.interpolate(maps, size=(16, 16), mode="bilinear", align_corners=False)
@@ -72,13 +72,13 @@ def test_shared_features_leave_the_feature_as_it_is(tmp_path):
 def test_a_stage_that_nothing_can_be_cut_behind_is_not_written(tmp_path):
     network, card = network_and_card("test_convnext")
     head = CamHead(network.encoder, 2, (0.5,), pooling=1.0)
-    assert not save_cams(tmp_path / CAMS, card, network, head, 0.5)
+    assert not save_cams(tmp_path / CAMS, card, network.encoder, head, 0.5)
     assert not (tmp_path / CAMS).exists()
 
 
 def test_it_opens_like_any_model(tmp_path):
     network, card = network_and_card("test_vit")
-    save_cams(tmp_path / CAMS, card, network, CamHead(network.encoder, 2, (1.0,), pooling=1.0), 1.0)
+    save_cams(tmp_path / CAMS, card, network.encoder, CamHead(network.encoder, 2, (1.0,), pooling=1.0), 1.0)
     segmenter = Segmenter(tmp_path / CAMS)
     assert segmenter.card.name == "tiny-cams"
     result = segmenter.predict(np.zeros((40, 60, 3), np.uint8))

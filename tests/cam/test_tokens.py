@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from training.cam.labels import LabelRule, sure_labels
 from training.cam.tokens import TokenCams, collect_tokens, fit_tokens
 from training.methods.tag_settings import TokenSettings
+from training.token_stage import grid_labels
 from wsss_deploy.networks.encoder import Encoder
 
 # Directions of features: what all images share, and one of each class.
@@ -36,6 +37,7 @@ class Given:
     def __init__(self, scenes):
         self._images = scenes
         self._rows = torch.cat(scenes)
+        self.sizes = [(6, 6)] * len(scenes)
         self.starts = np.cumsum([0, *map(len, scenes)])
 
     def __len__(self):
@@ -51,11 +53,19 @@ class Given:
         return self._rows.mean(0), self._rows.std(0)
 
 
-def fitted(encoder, kinds, settings=SETTINGS, classes=3):
+def possible(kinds, classes):
+    may = torch.zeros(len(kinds), classes, dtype=torch.bool)
+    for row, each in zip(may, kinds, strict=True):
+        row[[0, *each]] = True
+    return may
+
+
+def fitted(encoder, kinds, settings=SETTINGS, classes=3, known=None):
     generator = torch.Generator().manual_seed(1)
     scenes, truths = zip(*[scene(each, generator) for each in kinds], strict=True)
     model = TokenCams(settings, encoder, classes)
-    fit_tokens(model, Given(list(scenes)), kinds, seed=0)
+    labels = None if known is None else known(truths)
+    fit_tokens(model, Given(list(scenes)), possible(kinds, classes), seed=0, known=labels)
     normalise, classifier = model.head.layers
     with torch.no_grad():
         features = [rows * normalise.weight + normalise.bias for rows in scenes]
@@ -68,10 +78,37 @@ KINDS = [(RED,), (BLUE,), (RED, BLUE), (), (BLUE, RED), (RED,)] * 4
 
 def test_what_images_share_is_background(encoder):
     odds, truths = fitted(encoder, KINDS)
+    assert accuracy(odds, truths) > 0.95
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_few_known_positions_are_enough(encoder, images):
+    def known(truths):
+        labels = np.full((len(truths), 36), 255, np.uint8)
+        for row, truth in zip(labels, truths, strict=True):
+            for kind in np.unique(truth):
+                row[np.flatnonzero(truth == kind)[:4]] = kind
+        return labels.ravel()
+
+    odds, truths = fitted(encoder, KINDS, SETTINGS.model_copy(update={"images": images}), known=known)
+    assert accuracy(odds, truths) > 0.95
+
+
+def accuracy(odds, truths):
+    """Of the likeliest class among the background and the image's own."""
+    hits = []
     for scores, truth, kinds in zip(odds, truths, KINDS, strict=True):
         found = F.pad(scores, (1, 0))
         found[:, [kind for kind in (RED, BLUE) if kind not in kinds]] = -torch.inf
-        assert (found.argmax(dim=1).numpy() == truth).mean() > 0.95
+        hits.append(found.argmax(dim=1).numpy() == truth)
+    return np.mean(hits)
+
+
+def test_labels_on_a_grid():
+    labels = np.full((10, 20), 255, np.uint8)
+    labels[0, :3], labels[1, 0], labels[9, 19] = 1, 2, 0
+    found = grid_labels(labels, (2, 4), 3)
+    assert found.tolist() == [[1, 255, 255, 255], [255, 255, 255, 0]]
 
 
 def test_a_class_without_images_and_images_without_classes(encoder):
@@ -87,6 +124,7 @@ def test_tokens_on_disk_are_those_of_the_encoder(encoder, tmp_path):
     views = [torch.rand(1, 3, 32, 48), torch.rand(1, 3, 48, 16)]
     tokens = collect_tokens(tmp_path / "tokens", encoder, encoder.indices[-1], views)
     assert len(tokens) == 2
+    assert tokens.sizes == ((2, 3), (3, 1))
     with torch.no_grad():
         expected = [encoder(view)[-1][0].flatten(1).T for view in views]
     expected = [F.layer_norm(rows, rows.shape[-1:]) for rows in expected]
@@ -109,6 +147,9 @@ def test_probabilities_of_present_classes_only(encoder):
     assert (maps[1] == 0).all()
     assert (maps[0, ::2] > 0).all()
     assert (maps.sum(dim=1) < 1).all()
+    shares = model.probabilities(encoder, torch.rand(1, 3, 48, 64), torch.tensor([[False, True, False, True]]))
+    assert (shares[:, ::2] == 0).all()
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(1, 48, 64))
 
 
 def test_labels_are_given_where_a_probability_is_high():

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 import training.cam_stage
+import training.token_stage
 from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
 from training.cam.pseudo_labels import write_label
@@ -140,7 +141,7 @@ def test_fitted_classifiers_are_kept(tagged, tmp_path, values, monkeypatch):
     (folder / "model.pt").unlink()
     (folder / CHECKPOINT).unlink()
     shutil.rmtree(folder / LABELS)
-    monkeypatch.setattr(training.cam_stage, "fit_tokens", None)
+    monkeypatch.setattr(training.token_stage, "fit_tokens", None)
     again = load_model(train(tagged, folder, values, resume=True).model)[1]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     (folder / "model.pt").unlink()
@@ -148,6 +149,46 @@ def test_fitted_classifiers_are_kept(tagged, tmp_path, values, monkeypatch):
     values["method"] = {"name": "tags", "cams": TOKENS | {"pooling": 0.5}}
     with pytest.raises(TrainingError, match="another recipe"):
         train(tagged, folder, values, resume=True)
+
+
+def write_points(data, folder):
+    """The same scenes with a point an object and one of the background instead of tags."""
+    shutil.copytree(data, folder)
+    (folder / "tags.json").unlink()
+    (folder / "points").mkdir()
+    for index in range(7):
+        name, kind = f"scene{index}", index % 3
+        image = np.asarray(Image.open(folder / "images" / f"{name}.png")).astype(int)
+        points = np.full((SIZE, SIZE), 255, np.uint8)
+        ys, xs = np.nonzero(image.max(axis=2) > 200)
+        points[1, 1] = 0
+        if kind:
+            points[ys.mean().round().astype(int), xs.mean().round().astype(int)] = kind
+        Image.fromarray(points).save(folder / "points" / f"{name}.png")
+    return folder
+
+
+def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeypatch):
+    data = write_points(tagged, tmp_path / "data")
+    source = open_dataset(data)
+    values["method"] = {"name": "partial_ce", "propagate": {"tokens": TOKENS, "labels": {"sure": 0.0}}}
+    recipe = resolve_recipe(source, "points", [values])
+    folder = tmp_path / "run"
+    card, state = load_model(run(recipe, source, folder, show=False).model)
+    assert card.protocol.supervision == ("points",)
+    radius = recipe.augmentation.point_radius
+    for path in (folder / LABELS).glob("*.png"):
+        labels, given = np.asarray(Image.open(path)), source.load_labels(path.stem, "points")
+        kinds = set(np.unique(given[given != 255]).tolist())
+        assert set(np.unique(labels).tolist()) <= kinds, "no other class than the image's own"
+        y, x = (int(values[0]) for values in np.nonzero(given != 255))
+        assert (labels[y : y + radius, x] == given[y, x]).all(), "what was given stays"
+    (folder / "model.pt").unlink()
+    (folder / CHECKPOINT).unlink()
+    shutil.rmtree(folder / LABELS)
+    monkeypatch.setattr(training.token_stage, "fit_tokens", None)
+    again = load_model(run(recipe, source, folder, resume=True, show=False).model)[1]
+    assert all(torch.equal(state[name], again[name]) for name in state)
 
 
 @pytest.mark.parametrize("stop", ["training", "labels"])

@@ -87,3 +87,9 @@ def test_a_missing_file(tmp_path):
 def test_yaml_of_the_dump_is_plain(tmp_path):
     values = yaml.safe_load(dump_recipe(build_recipe(default_recipe("points", 10))))
     assert values["method"]["name"] == "gated_crf"
+
+
+def test_off_is_a_name_and_false_is_not(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("class_weights: off\ndeterministic: false\nflag: True\n")
+    assert read_recipe(tmp_path / "recipe.yaml") == {"class_weights": "off", "deterministic": False, "flag": True}
+    assert parse_assignments(["method.labels.refiner=off"]) == {"method": {"labels": {"refiner": "off"}}}

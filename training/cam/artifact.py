@@ -13,10 +13,10 @@ from training.cam.prototypes import SharedFeatureHead
 from training.cam.tokens import OddsHead
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import ModelCard
-from wsss_deploy.networks import SegmentationNetwork
+from wsss_deploy.networks.encoder import Encoder
 
 
-def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: nn.Module, depth: float) -> bool:
+def save_cams(path: Path, card: ModelCard, encoder: Encoder, head: nn.Module, depth: float) -> bool:
     """Write encoder and classifier as a model whose scores are class activation maps (decoder `cam`).
 
     One scale, no flip, no tags: what the classifier itself sees. The maps that pseudo-labels are made from are sums
@@ -26,17 +26,16 @@ def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: n
     Args:
         path: Where to write.
         card: Of the segmenter; classes, palette, pre-processing and sizing are taken over.
-        network: With the encoder that the classifier works on.
+        encoder: That the classifier works on.
         head: A `CamHead` or `SharedFeatureHead`.
         depth: Fraction of the encoder's depth whose map is meant, for a `CamHead`.
 
     Returns:
         Whether it was written; not if the map lies before the last stage of an encoder that cannot be cut there.
     """
-    encoder = network.encoder
     options: dict[str, Any] = dict(card.architecture.encoder_options)
     last = max(encoder.indices)
-    decoder, index, tensors = _classifier(head, network, depth, last)
+    decoder, index, tensors = _classifier(head, encoder, depth, last)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if index != last:
         if not hasattr(encoder.model, "blocks") or len(set(encoder.reductions)) > 1:
@@ -52,13 +51,11 @@ def save_cams(path: Path, card: ModelCard, network: SegmentationNetwork, head: n
     return True
 
 
-def _classifier(
-    head: nn.Module, network: SegmentationNetwork, depth: float, last: int
-) -> tuple[str, int, dict[str, Tensor]]:
+def _classifier(head: nn.Module, encoder: Encoder, depth: float, last: int) -> tuple[str, int, dict[str, Tensor]]:
     if isinstance(head, SharedFeatureHead):
         return "cam-plain", last, {"classify.weight": head.classifier.weight}
     assert isinstance(head, CamHead)
-    index = head.cam_index(network.encoder, depth)
+    index = head.cam_index(encoder, depth)
     normalise, classifier = head.classify[head.indices.index(index)]  # type: ignore[misc]
     # CAMs leave the norm's bias out as they do the classifier's. Odds do not: the classifier's bias is brought into the
     # norm's, whose file has no other place for it; there are more channels than classes, so that it fits exactly.

@@ -57,13 +57,13 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
     Returns:
         `miou`, the `background` score at which it is best on these very images, `images`.
     """
-    network, method = trained_classifier(recipe, source, folder)
+    encoder, method = trained_classifier(recipe, source, folder)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     evaluators = [Evaluator(source.classes) for _ in BACKGROUNDS]
     for name in names:
         image, tags, truth = source.load_image(name), source.tags(name) or (), source.load_labels(name, "masks")
         view = network_image(image, long_side_of(recipe), preprocessing)
-        cams = whole_image_cams(network.encoder, method, view, tags)
+        cams = whole_image_cams(encoder, method, view, tags)
         cams = F.interpolate(cams, size=truth.shape, mode="bilinear", align_corners=False)
         present = torch.zeros(1, cams.shape[1])
         present[0, [tag - 1 for tag in tags]] = 1

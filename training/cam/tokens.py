@@ -40,13 +40,18 @@ class Tokens:
 
     Args:
         path: Of the file, float16 (rows, channels).
-        starts: First row of each image, and the number of rows at the end; int64 (images + 1,).
+        sizes: Rows and columns of each image's grid of tokens.
         channels: Values in a row.
+
+    Attributes:
+        sizes: As given.
+        starts: First row of each image, and the number of rows at the end; int64 (images + 1,).
     """
 
-    def __init__(self, path: Path, starts: NDArray[np.int64], channels: int) -> None:
-        self.starts = starts
-        self._rows = np.memmap(path, np.float16, "r", shape=(int(starts[-1]), channels))
+    def __init__(self, path: Path, sizes: Sequence[tuple[int, int]], channels: int) -> None:
+        self.sizes = tuple(sizes)
+        self.starts = np.cumsum([0, *(height * width for height, width in sizes)])
+        self._rows = np.memmap(path, np.float16, "r", shape=(int(self.starts[-1]), channels))
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -80,16 +85,16 @@ def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Ten
         index: Of the block or stage, as timm counts.
         views: Normalised images (1, 3, H, W) of any size.
     """
-    lengths, channels = [0], 0
+    sizes, channels = list[tuple[int, int]](), 0
     device = next(encoder.parameters()).device
     with path.open("wb") as file, torch.no_grad():
         for view in views:
             found = encode(encoder, view.to(device), [index])[index][0].float()
             channels = found.shape[0]
             rows = F.layer_norm(found.flatten(1).T, (channels,)).clamp(-_HALF_MAX, _HALF_MAX)
-            lengths.append(len(rows))
+            sizes.append((found.shape[1], found.shape[2]))
             file.write(rows.half().cpu().numpy().tobytes())
-    return Tokens(path, np.cumsum(lengths), channels)
+    return Tokens(path, sizes, channels)
 
 
 class OddsHead(CamHead):
@@ -128,52 +133,68 @@ class TokenCams(CamModel):
         self.settings = settings
         self.head = OddsHead(encoder, num_classes - 1, settings.depth, settings.pooling)
 
-    @torch.no_grad()
     def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
-        """Probabilities among the background and the image's own classes, mean over scales; see `CamModel.cams`."""
+        """Probabilities among the background and the image's own classes; see `CamModel.cams`."""
+        return self.probabilities(encoder, image, F.pad(tags == 1, (1, 0), value=True))[:, 1:]
+
+    @torch.no_grad()
+    def probabilities(self, encoder: Encoder, image: Tensor, possible: Tensor) -> Tensor:
+        """Probabilities among the classes that an image may hold, mean over scales.
+
+        Args:
+            encoder: In evaluation mode.
+            image: Normalised (N, 3, H, W).
+            possible: bool (N, C); one class at least in each image.
+
+        Returns:
+            (N, C, H, W), 0 for impossible classes.
+        """
         index = self.head.indices[0]
-        absent = (tags != 1)[:, :, None, None]
         size, stride = image.shape[-2:], encoder.stride
-        total = image.new_zeros(len(image), self.classes, *size)
+        total = image.new_zeros(len(image), self.classes + 1, *size)
         for scale in self.settings.scales:
             sides = [max(stride, round(scale * side / stride) * stride) for side in size]
             view = image
             if tuple(sides) != tuple(size):
                 view = F.interpolate(image, size=sides, mode="bilinear", align_corners=False, antialias=True)
-            odds = self.head(encode(encoder, view, [index]))[index].float().masked_fill(absent, -torch.inf)
-            shares = F.pad(odds, (0, 0, 0, 0, 1, 0)).softmax(dim=1)[:, 1:]
-            total += F.interpolate(shares, size=size, mode="bilinear", align_corners=False)
+            odds = self.head(encode(encoder, view, [index]))[index].float()
+            scores = F.pad(odds, (0, 0, 0, 0, 1, 0)).masked_fill(~possible[:, :, None, None], -torch.inf)
+            total += F.interpolate(scores.softmax(dim=1), size=size, mode="bilinear", align_corners=False)
         return total / len(self.settings.scales)
 
 
-def fit_tokens(model: TokenCams, tokens: Tokens, tags: Sequence[Sequence[int]], seed: int) -> None:
+def fit_tokens(
+    model: TokenCams, tokens: Tokens, possible: Tensor, seed: int, known: NDArray[np.uint8] | None = None
+) -> None:
     """Learn both classifiers.
 
     Args:
         model: Its head is changed in place.
-        tokens: Of the tagged images.
-        tags: Class ids of each of them.
+        tokens: Of the images.
+        possible: The classes that each of them holds, bool (images, C).
         seed: Of the order in which they are seen.
+        known: Labels of all positions, 255 = none, which take the place of the first classifier's seeds unless
+            `TokenSettings.images` asks for both. None: there are none.
     """
-    settings, classes = model.settings, model.classes
+    settings = model.settings
     mean, deviation = tokens.moments()
     scale = 1 / deviation.clamp(min=1e-6)
     shift = -mean * scale
     generator = np.random.default_rng(seed)
-    present = torch.zeros(len(tags), classes + 1)
-    present[:, 0] = 1
-    for row, ids in zip(present, tags, strict=True):
-        row[list(ids)] = 1
 
     def features(rows: Tensor) -> Tensor:
         return rows * scale + shift
 
-    first = _learn_images(tokens, features, present[:, 1:], settings, generator)
-    weight, bias = first.weight, first.bias
-    labels = _seeds(tokens, features, first, present[:, 1:], settings)
+    labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
+    if known is None or settings.images:
+        first = _learn_images(tokens, features, possible[:, 1:].float(), settings, generator)
+        weight, bias = first.weight, first.bias
+        labels = _seeds(tokens, features, first, possible, settings)
     for _ in range(settings.rounds):
-        second = _learn_positions(tokens, features, labels, classes + 1, settings.learning_rate / 3, generator)
-        labels = _sure(tokens, features, second, present, settings.sure)
+        if known is not None:
+            labels = np.where(known == IGNORE_INDEX, labels, known)
+        second = _learn_positions(tokens, features, labels, possible.shape[1], settings.learning_rate / 3, generator)
+        labels = _sure(tokens, features, second, possible, settings.sure)
         weight, bias = second.weight[1:] - second.weight[:1], second.bias[1:] - second.bias[:1]
     normalise, classifier = model.head.layers
     with torch.no_grad():
@@ -226,11 +247,11 @@ def _learn_images(
 
 @torch.no_grad()
 def _seeds(
-    tokens: Tokens, features: _Features, layer: nn.Linear, present: Tensor, settings: TokenSettings
+    tokens: Tokens, features: _Features, layer: nn.Linear, possible: Tensor, settings: TokenSettings
 ) -> NDArray[np.uint8]:
     """Labels of positions that the first classifier is clear about, 255 elsewhere."""
     labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
-    for index, own in enumerate(present):
+    for index, own in enumerate(possible[:, 1:]):
         chances: Tensor = layer(features(tokens.image(index))).sigmoid() * own
         # A class that the classifier is unsure of is still somewhere, one that it is sure of not everywhere: the
         # geometric mean of the chance itself and of its part of the image's highest.
@@ -272,13 +293,13 @@ def _learn_positions(
 
 @torch.no_grad()
 def _sure(
-    tokens: Tokens, features: _Features, layer: nn.Linear, present: Tensor, threshold: float
+    tokens: Tokens, features: _Features, layer: nn.Linear, possible: Tensor, threshold: float
 ) -> NDArray[np.uint8]:
     """What the second classifier is sure of among the background and each image's own classes, 255 elsewhere."""
     labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
-    for index, own in enumerate(present):
+    for index, own in enumerate(possible):
         scores: Tensor = layer(features(tokens.image(index)))
-        value, best = scores.masked_fill(own == 0, -torch.inf).softmax(dim=1).max(dim=1)
+        value, best = scores.masked_fill(~own, -torch.inf).softmax(dim=1).max(dim=1)
         found = torch.where(value > threshold, best, IGNORE_INDEX)
         labels[tokens.starts[index] : tokens.starts[index + 1]] = found.numpy()
     return labels

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.losses.potts import Relaxation
-from training.methods.tag_settings import SFCSettings, TagsSettings, TSCDSettings
+from training.methods.tag_settings import PropagationSettings, SFCSettings, TagsSettings, TSCDSettings
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -83,12 +83,14 @@ class SparseSettings(_Strict):
             conclusion.
         teacher: Pseudo-labels from the network's moving average; null is none.
         spread: Labels carried along paths of like colour; null is none.
+        propagate: Labels carried to most pixels before the training, which then takes them for given; null is none.
     """
 
     class_weights: ClassWeights = "off"
     absent: AbsentSettings | None = None
     teacher: TeacherSettings | None = None
     spread: SpreadSettings | None = None
+    propagate: PropagationSettings | None = None
 
 
 class PartialCESettings(SparseSettings):

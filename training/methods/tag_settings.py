@@ -51,6 +51,8 @@ class TokenSettings(_Strict):
             leaves it at the first, whose scores of positions then are odds against the background.
         sure: Least probability of that.
         scales: Factors of the image's size over which probabilities are averaged.
+        images: Where labels of pixels are there as well (`PropagationSettings`): whether the classifier of images
+            adds its seeds to them. That needs a background and classes that not every image holds.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -64,6 +66,7 @@ class TokenSettings(_Strict):
     rounds: Annotated[int, Field(ge=0, le=10)] = 3
     sure: Share = 0.7
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 1.5)
+    images: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,6 +128,28 @@ class LabelSettings(_Strict):
     def _check(self) -> Self:
         if self.low > self.high:
             raise ValueError(f"low is {self.low}, high {self.high}; expected low <= high")
+        return self
+
+
+class PropagationSettings(_Strict):
+    """Labels of a few pixels carried to most others by a linear classifier on a frozen encoder's features.
+
+    An image's labels are taken to name all of its classes.
+
+    Attributes:
+        tokens: The classifier.
+        labels: How its probabilities become labels.
+        long_side: Longer side in pixels at which images are read for it; None takes 1.5 times the crop.
+    """
+
+    tokens: TokenSettings = TokenSettings()
+    labels: LabelSettings = LabelSettings()
+    long_side: Annotated[int, Field(ge=32, le=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.tokens.rounds:
+            raise ValueError("tokens.rounds is 0; labels of pixels are learnt from in rounds, expected 1 or more")
         return self
 
 

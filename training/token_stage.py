@@ -1,0 +1,136 @@
+"""Linear classifiers on the tokens of a frozen encoder as a stage of a run, fitted once and kept."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.cam.pseudo_labels import network_image
+from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens
+from training.data.dataset import DataSource
+from training.methods.tag_settings import TokenSettings
+from training.recipe import Recipe
+from training.state import CHECKPOINT, load_checkpoint, save_checkpoint
+from training.trainer import make_fabric, use_plain_attention
+from wsss_deploy.card import IGNORE_INDEX, Architecture
+from wsss_deploy.networks import build_network, encoder_preprocessing
+from wsss_deploy.networks.encoder import Encoder
+
+_log = logging.getLogger(__name__)
+
+# Beyond the largest crop of the training, objects outgrow what tokens expect.
+_LONG_SIDE = 1.5
+# Pixels up to which multiplying matrices takes less time than torch's fused attention, and little memory.
+_PLAIN_ATTENTION_SIDE = 640
+
+Labels = NDArray[np.uint8]
+
+
+def default_long_side(recipe: Recipe) -> int:
+    """Pixels of the longer side at which whole images are read, where the recipe does not say."""
+    return round(_LONG_SIDE * recipe.augmentation.size)
+
+
+def pretrained_encoder(recipe: Recipe, classes: int) -> Encoder:
+    """The recipe's encoder with the weights that it starts from, in evaluation mode and on the recipe's device."""
+    model = recipe.model
+    architecture = Architecture(
+        encoder=model.encoder,
+        decoder=model.decoder,
+        decoder_width=model.decoder_width,
+        encoder_options=model.encoder_options,
+    )
+    network = build_network(architecture, classes, weights=model.weights, drop_path=model.drop_path)
+    return network.to(make_fabric(recipe).device).eval().encoder
+
+
+def fitted_tokens(
+    recipe: Recipe,
+    stage_recipe: Recipe,
+    source: DataSource,
+    encoder: Encoder,
+    settings: TokenSettings,
+    long_side: int,
+    names: Sequence[str],
+    possible: Callable[[str], Sequence[int]],
+    known: Callable[[str], Labels] | None,
+    stage: Path,
+    show: bool = True,
+) -> TokenCams:
+    """Classifiers of a data set, in evaluation mode; from the stage's checkpoint if there is one.
+
+    Args:
+        recipe: Of the run.
+        stage_recipe: What decides the classifiers, for the checkpoint.
+        source: The data set.
+        encoder: See `pretrained_encoder`.
+        settings: Of the classifiers.
+        long_side: Pixels of the longer side at which images are read.
+        names: Images to learn from.
+        possible: Class ids that an image may hold, with the background.
+        known: Labels uint8 (H, W) of an image, 255 = none. None learns from the classes of images alone.
+        stage: Folder of the checkpoint.
+        show: Whether the log says how far it is.
+
+    Raises:
+        TrainingError: The checkpoint is of another recipe.
+    """
+    path, classes = stage / CHECKPOINT, len(source.classes)
+    fabric = make_fabric(recipe)
+    if fabric.device.type == "cpu" and max(settings.scales) * long_side <= _PLAIN_ATTENTION_SIDE:
+        use_plain_attention(encoder)
+    model = TokenCams(settings, encoder, classes)
+    if path.is_file():
+        model.load_state_dict(load_checkpoint(path, stage_recipe)["classifier"])
+        return model.to(fabric.device).eval()
+    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
+
+    def views() -> Iterator[Tensor]:
+        for done, name in enumerate(names, start=1):
+            yield network_image(source.load_image(name), long_side, preprocessing)
+            if show and (done % max(1, len(names) // 5) == 0 or done == len(names)):
+                _log.info("features: %d of %d images", done, len(names))
+
+    may = torch.zeros(len(names), classes, dtype=torch.bool)
+    for row, name in zip(may, names, strict=True):
+        row[list(possible(name))] = True
+    stage.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=stage, suffix=".tokens") as file:
+        with fabric.autocast():
+            tokens = collect_tokens(Path(file.name), encoder, model.head.indices[0], views())
+        labels = None if known is None else _on_grids(tokens, names, known, classes)
+        fit_tokens(model, tokens, may, recipe.seed, labels)
+        del tokens
+    save_checkpoint(path, stage_recipe, {"classifier": model.state_dict()})
+    return model.to(fabric.device).eval()
+
+
+def _on_grids(tokens: Tokens, names: Sequence[str], known: Callable[[str], Labels], classes: int) -> Labels:
+    parts = [grid_labels(known(name), size, classes) for name, size in zip(names, tokens.sizes, strict=True)]
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def grid_labels(labels: Labels, size: tuple[int, int], classes: int) -> Labels:
+    """The commonest label of each cell of a coarser grid.
+
+    Args:
+        labels: uint8 (H, W), 255 = none.
+        size: Rows and columns of the grid.
+        classes: Number of classes.
+
+    Returns:
+        uint8 `size`, 255 where a cell has no label.
+    """
+    ys, xs = np.nonzero(labels != IGNORE_INDEX)
+    counts = np.zeros((size[0] * size[1], classes), np.int64)
+    cells = ys * size[0] // labels.shape[0] * size[1] + xs * size[1] // labels.shape[1]
+    np.add.at(counts, (cells, labels[ys, xs]), 1)
+    found = np.where(counts.any(axis=1), counts.argmax(axis=1), IGNORE_INDEX)
+    return found.reshape(size).astype(np.uint8)
