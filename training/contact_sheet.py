@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from wsss_deploy.card import IGNORE_INDEX
 
 COLUMNS = ("Image", "Weak label", "Prediction", "Ground truth")
+ACTIVATION = "Class activation"
 _PANEL, _GAP, _MARGIN = 240, 8, 28
 _HEADER, _TITLES, _LEGEND = 76, 30, 64
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 32, 40), (104, 112, 124)
@@ -26,12 +27,15 @@ class SheetRow:
         weak: uint8 (H, W) class ids, 255 = unlabelled.
         prediction: uint8 (H, W) class ids.
         truth: uint8 (H, W) class ids, 255 = unlabelled.
+        activation: Class activation maps, float (C, H, W) in [0, 1], the first of which is not shown; None leaves
+            their column out.
     """
 
     image: NDArray[np.uint8]
     weak: NDArray[np.uint8]
     prediction: NDArray[np.uint8]
     truth: NDArray[np.uint8]
+    activation: NDArray[np.float32] | None = None
 
 
 def contact_sheet(
@@ -44,7 +48,7 @@ def contact_sheet(
     """Draw the sheet: a title, one row of four panels per image, a legend.
 
     Args:
-        rows: The images, from top to bottom.
+        rows: The images, from top to bottom; all of them have activation maps, which make a fifth panel, or none.
         classes: Class names; class 0 is the background, which stays an image in the panels.
         palette: One RGB colour per class.
         title: First line.
@@ -53,34 +57,42 @@ def contact_sheet(
     Returns:
         RGB image.
     """
-    width = 2 * _MARGIN + 4 * _PANEL + 3 * _GAP
+    columns = list(COLUMNS)
+    if rows and rows[0].activation is not None:
+        columns.insert(1, ACTIVATION)
+    width = 2 * _MARGIN + len(columns) * (_PANEL + _GAP) - _GAP
     top = _MARGIN + _HEADER + _TITLES
     height = top + len(rows) * (_PANEL + _GAP) + _LEGEND + _MARGIN // 2
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN - 4), title, _INK, _font(30))
     draw.text((_MARGIN, _MARGIN + 38), caption, _FAINT, _font(16))
-    for column, name in enumerate(COLUMNS):
+    for column, name in enumerate(columns):
         x = _MARGIN + column * (_PANEL + _GAP)
         draw.text((x, top - 28), name, _INK, _font(18))
         for index, row in enumerate(rows):
-            sheet.paste(_panel(row, column, palette), (x, top + index * (_PANEL + _GAP)))
+            sheet.paste(_panel(row, name, palette), (x, top + index * (_PANEL + _GAP)))
     _draw_legend(draw, classes, palette, top + len(rows) * (_PANEL + _GAP) + 20, width)
     return sheet
 
 
-def _panel(row: SheetRow, column: int, palette: Sequence[Sequence[int]]) -> Image.Image:
-    if column == 0:
+def _panel(row: SheetRow, column: str, palette: Sequence[Sequence[int]]) -> Image.Image:
+    if column == "Image":
         picture = row.image
-    elif column == 1:
+    elif column == ACTIVATION:
+        assert row.activation is not None
+        strongest = row.activation[1:].argmax(axis=0).astype(np.uint8) + 1
+        picture = _tint(row.image, strongest, palette, row.activation[1:].max(axis=0)[..., None], clear=None)
+    elif column == "Weak label":
         picture = _tint(row.image, row.weak, palette, opacity=1.0, clear=None)
     else:
-        picture = _tint(row.image, (row.prediction, row.truth)[column - 2], palette, opacity=0.82, clear=0)
+        labels = row.prediction if column == "Prediction" else row.truth
+        picture = _tint(row.image, labels, palette, opacity=0.82, clear=0)
     height, width = picture.shape[:2]
     scale = _PANEL / max(height, width)
     size = (round(width * scale), round(height * scale))
     # Labels stay sharp when they grow; photographs that are larger than a panel are averaged.
-    method = Image.Resampling.LANCZOS if column == 0 or scale < 1 else Image.Resampling.BICUBIC
+    method = Image.Resampling.LANCZOS if column == "Image" or scale < 1 else Image.Resampling.BICUBIC
     panel = Image.new("RGB", (_PANEL, _PANEL), _PAPER)
     panel.paste(Image.fromarray(picture).resize(size, method), ((_PANEL - size[0]) // 2, (_PANEL - size[1]) // 2))
     return panel
@@ -90,7 +102,7 @@ def _tint(
     image: NDArray[np.uint8],
     labels: NDArray[np.uint8],
     palette: Sequence[Sequence[int]],
-    opacity: float,
+    opacity: float | NDArray[np.float32],
     clear: int | None,
 ) -> NDArray[np.uint8]:
     """The image in pale grey, coloured where there are labels other than `clear`; uint8 (H, W, 3)."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,13 @@ def test_a_long_legend_says_how_many_are_left_out():
     short = contact_sheet([row()], classes[:3], palette[:3], "t", "c")
     full = contact_sheet([row()], classes, palette, "t", "c")
     assert full.size == short.size
+
+
+def test_activation_maps_make_a_panel_of_their_own():
+    plain = row()
+    maps = np.zeros((len(PALETTE), *plain.truth.shape), np.float32)
+    maps[1] = 1
+    sheet = contact_sheet([replace(plain, activation=maps)], CLASSES, PALETTE, "t", "c")
+    assert sheet.width - contact_sheet([plain], CLASSES, PALETTE, "t", "c").width == 248
+    panel = np.asarray(sheet)[254, 28 + 248 + 120]
+    np.testing.assert_array_equal(panel, PALETTE[1])
