@@ -40,7 +40,7 @@ _PAGE_STYLE = """
   .gradio-container > .main.app { padding-inline: 0.8rem; } }
 [role=tab][aria-selected=true] { color: var(--body-text-color); }
 """
-_RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "tensorrt": "TensorRT", "openvino": "OpenVINO"}
 
 
 def header(card: ModelCard | None, runtime: Mapping[str, Any]) -> str:

@@ -20,8 +20,10 @@ from wsss_deploy.engine_manifest import manifest_path
 from wsss_deploy.errors import ParityError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images
+from wsss_deploy.openvino_file import weights_path
 
 if TYPE_CHECKING:
+    from export.parity import ParityReport
     from export.tensorrt_engine import Shapes
 
 _EXAMPLES = """
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--format", default="onnx", metavar="F[,F]", help=f"what to write: {', '.join(f.name for f in FORMATS)}"
     )
-    parser.add_argument("--precision", default="fp32", metavar="P", help="fp32, fp16 or int8 (default: fp32)")
+    parser.add_argument("--precision", default="fp32", metavar="P", help="fp32, fp16, bf16 or int8 (default: fp32)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: the model's)")
     parser.add_argument(
         "--opset", type=int, choices=range(18, 24), default=20, metavar="N", help="ONNX opset, 18 to 23 (default: 20)"
@@ -105,14 +107,15 @@ def _export(arguments: argparse.Namespace) -> None:
         images=images,
         refine=arguments.refine == "in-graph",
         size=arguments.size,
-        precision=arguments.precision,
+        # bf16 is what OpenVINO computes in; the graph that it reads is of float32.
+        precision="fp32" if arguments.precision == "bf16" else arguments.precision,
         data=None if arguments.data is None else (arguments.data, arguments.split),
     )
     report = json.loads((path.parent / report_name(path.name)).read_text())
     differences = f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"
     rows = {
         "file": str(path),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB, {arguments.precision}, opset {arguments.opset}",
+        "size": f"{path.stat().st_size / 1e6:.1f} MB, {read_card(path).precision}, opset {arguments.opset}",
         "probabilities": differences,
         "class ids": f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches",
         "final masks": f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images",
@@ -123,6 +126,8 @@ def _export(arguments: argparse.Namespace) -> None:
     served = path
     if any(item.name == "engine" for item in formats):
         served = _engine(arguments, path, shapes, images, rows)
+    if any(item.name == "openvino" for item in formats):
+        _openvino(arguments, path, images, rows)
     if any(item.name == "triton" for item in formats):
         from export.triton import write_repository
 
@@ -141,33 +146,60 @@ def _engine(
     arguments: argparse.Namespace, onnx_file: Path, shapes: Shapes | None, images: list[Path], rows: dict[str, str]
 ) -> Path:
     """Build the engine in a hidden folder; it takes its name after it has passed against torch."""
-    from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
     from export.tensorrt_engine import build_engine
 
     target = onnx_file.with_suffix(".engine")
     command = ["wsss-export", str(arguments.model), "--format", "engine", "--precision", arguments.precision]
     command += ["--refine", arguments.refine]
     command += [] if arguments.shapes is None else ["--shapes", arguments.shapes]
-    data = None if arguments.data is None else (arguments.data, arguments.split)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".engine-") as scratch:
         candidate = Path(scratch) / target.name
         manifest = build_engine(onnx_file, candidate, shapes, shlex.join(command))
         # TensorFloat-32 may carry products of float32 on a GPU, so an engine is held to half precision's limits.
-        limits = THRESHOLDS["fp16"]
-        report = check_parity(arguments.model, candidate, images, limits, data)
-        if not report.passed:
-            with atomic_write(target.parent / REPORT_FAILED) as file:
-                file.write(report.to_json().encode())
-            raise ParityError(
-                f"{target.name}: the engine gives other results than torch: {'; '.join(report.problems[:2])}; it was "
-                f"not kept, the figures are in {target.parent / REPORT_FAILED}"
-            )
-        with atomic_write(target.parent / report_name(target.name)) as file:
-            file.write(report.to_json().encode())
+        _prove(arguments, candidate, target, images, "fp16")
         os.replace(manifest_path(candidate), manifest_path(target))
         os.replace(candidate, target)
     rows["engine"] = f"{target}, TensorRT {manifest.tensorrt} on {manifest.gpu}, {manifest.range_text()}"
     return target
+
+
+def _openvino(arguments: argparse.Namespace, onnx_file: Path, images: list[Path], rows: dict[str, str]) -> None:
+    """Write OpenVINO's files in a hidden folder; they take their names after they have passed against torch."""
+    from export.openvino_ir import build_openvino
+
+    target = onnx_file.with_suffix(".xml" if arguments.precision == "fp32" else f".{arguments.precision}.xml")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".openvino-") as scratch:
+        candidate = Path(scratch) / target.name
+        build_openvino(onnx_file, candidate, arguments.precision)
+        report = _prove(arguments, candidate, target, images, arguments.precision)
+        os.replace(weights_path(candidate), weights_path(target))
+        os.replace(candidate, target)
+    final = min(item.agreement for item in report.final)
+    rows["openvino"] = f"{target}, ran in {report.providers[0]}, {final:.4%} of the pixels agree in the final masks"
+
+
+def _prove(
+    arguments: argparse.Namespace, candidate: Path, target: Path, images: list[Path], limits: str
+) -> ParityReport:
+    """Compare what is to become `target` with torch and write the report.
+
+    Raises:
+        ParityError: It gives other results.
+    """
+    from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
+
+    data = None if arguments.data is None else (arguments.data, arguments.split)
+    report = check_parity(arguments.model, candidate, images, THRESHOLDS[limits], data)
+    if not report.passed:
+        with atomic_write(target.parent / REPORT_FAILED) as file:
+            file.write(report.to_json().encode())
+        raise ParityError(
+            f"{target.name}: gives other results than torch: {'; '.join(report.problems[:2])}; it was not kept, the "
+            f"figures are in {target.parent / REPORT_FAILED}"
+        )
+    with atomic_write(target.parent / report_name(target.name)) as file:
+        file.write(report.to_json().encode())
+    return report
 
 
 def _refinement(card: ModelCard) -> str:

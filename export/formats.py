@@ -42,11 +42,15 @@ FORMATS = (
         *(("none", "in-graph"), "--shapes min/opt/max", "[export,tensorrt], a GPU"),
     ),
     Format(
+        *("openvino", "model.xml, model.bf16.xml with their .bin", ("fp32", "bf16"), "CPU"),
+        *(("none",), "any, or one with --size", "[export,openvino]"),
+    ),
+    Format(
         *("triton", "a model repository, around ONNX or an engine", ("fp32", "fp16", "int8"), "CPU, NVIDIA"),
         *(("none", "in-graph"), "as onnx", "[export]; int8: --images"),
     ),
 )
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 def table() -> str:

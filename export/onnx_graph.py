@@ -16,6 +16,7 @@ import timm
 import torch
 from torch.export import Dim
 
+from export.antialias import write_out_antialiased
 from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
 from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
@@ -252,6 +253,7 @@ def _trace(
         ) from error
     assert program is not None  # it is None only for the exporter before dynamo
     proto: onnx.ModelProto = program.model_proto
+    write_out_antialiased(proto)
     if refinement is not None:
         attach_functions(proto, refinement.parameters)
     return proto

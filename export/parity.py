@@ -71,6 +71,7 @@ class Thresholds:
 THRESHOLDS = {
     "fp32": Thresholds(),
     "fp16": Thresholds(score_max=0.1, score_mean=2e-3, tie=0.2, final_agreement=0.99, miou_drop=0.003),
+    "bf16": Thresholds(score_max=0.25, score_mean=5e-3, tie=0.5, final_agreement=0.98, miou_drop=0.003),
     "int8": Thresholds(1.0, 0.03, 2.0, final_agreement=0.95, miou_drop=0.01, patterns=False),
 }
 
@@ -211,7 +212,7 @@ def check_parity(
     deployed = DeployedNetwork(network, card.preprocessing).eval()
     refined = card.refinement if card.refinement is not None and card.refinement.in_graph else None
     reference = deployed if refined is None else RefinedNetwork(deployed, refined).eval()
-    session = _EngineSession(candidate) if candidate.suffix == ".engine" else _Session(candidate)
+    session = _open(candidate)
     real = [(path.name, load_image(path)) for path in images[:MOST_IMAGES]]
     cases = tuple(
         _compare(reference, session, name, batch, thresholds)
@@ -302,6 +303,36 @@ class _EngineSession:
         return self._manifest.accepts(shape)
 
 
+class _OpenVinoSession:
+    """A model in OpenVINO on the CPU."""
+
+    device = "cpu"
+
+    def __init__(self, path: Path) -> None:
+        # Imported here: an extra that other exports do not need.
+        from wsss_deploy.backends.openvino_backend import OpenVinoBackend
+
+        self._backend = OpenVinoBackend(path, self.device)
+        told = self._backend.describe()
+        self.providers: tuple[str, ...] = (f"OpenVINO {told['version']} in {told['precision']}",)
+
+    def run(self, batch: _Images) -> tuple[npt.NDArray[np.float32], _Images]:
+        return self._backend.run(batch).scores, self._backend.masks(batch)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Any batch, height and width."""
+        return True
+
+
+def _open(candidate: Path) -> _AnySession:
+    if candidate.suffix == ".engine":
+        return _EngineSession(candidate)
+    return _OpenVinoSession(candidate) if candidate.suffix == ".xml" else _Session(candidate)
+
+
+_AnySession = _Session | _EngineSession | _OpenVinoSession
+
+
 def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[tuple[str, _Images]]:
     stride = card.preprocessing.stride
     high, wide = network_size(480, 640, card)
@@ -323,9 +354,7 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
         yield name, np.array(resized)[None]
 
 
-def _compare(
-    reference: _Network, session: _Session | _EngineSession, source: str, batch: _Images, thresholds: Thresholds
-) -> Case:
+def _compare(reference: _Network, session: _AnySession, source: str, batch: _Images, thresholds: Thresholds) -> Case:
     with torch.inference_mode():
         expected_scores, expected_mask = (output.numpy() for output in reference(torch.from_numpy(batch)))
     scores, mask = session.run(batch)

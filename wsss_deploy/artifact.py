@@ -2,7 +2,8 @@
 
 `model.pt` is `torch.save` of `{"format": "wsss-deploy", "card": plain data, "state_dict": tensors}`, read with
 `weights_only=True`. `model.onnx` carries the card's JSON in its metadata under `wsss_card`, `model.engine` in the
-manifest beside it. Which of them a file is meant to be is told by its name, and then checked by its content.
+manifest beside it, `model.xml` in its run-time information. Which of them a file is meant to be is told by its name,
+and then checked by its content.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from wsss_deploy.engine_manifest import read_manifest
 from wsss_deploy.errors import ArtifactError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.onnx_metadata import read_onnx_metadata
+from wsss_deploy.openvino_file import CARD_ENTRY, read_entries
 from wsss_deploy.torch_file import read_plain_part
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "wsss-deploy"
 CARD_KEY = "wsss_card"
-KNOWN_SUFFIXES = (".pt", ".onnx", ".engine")
+KNOWN_SUFFIXES = (".pt", ".onnx", ".engine", ".xml")
 
 
 def save_model(path: str | os.PathLike[str], card: ModelCard, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -51,7 +53,7 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     """Read a model file's card without torch, onnxruntime or the tensors.
 
     Args:
-        path: A `.pt`, `.onnx` or `.engine` file.
+        path: A `.pt`, `.onnx`, `.engine` or `.xml` file.
 
     Raises:
         ArtifactError: The file is absent, of another kind, damaged, or not ours; the message says which.
@@ -59,6 +61,8 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     model = check_path(path)
     if model.suffix.lower() == ".engine":
         return read_manifest(model).card
+    if model.suffix.lower() == ".xml":
+        return ModelCard.from_plain(read_entries(model)[CARD_ENTRY], str(model))
     try:
         if model.suffix.lower() == ".onnx":
             metadata = read_onnx_metadata(model)

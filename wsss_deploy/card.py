@@ -168,7 +168,7 @@ class ModelCard(_Plain):
     sizing: Sizing = Sizing()
     refinement: Refinement | None = None
     protocol: Protocol | None = None
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     versions: dict[str, str] = Field(default_factory=dict)
     digests: dict[str, str] = Field(default_factory=dict)
 

@@ -42,10 +42,10 @@ class Segmenter:
     allow concurrent inference. With several threads of one's own, a small `threads` avoids that they compete.
 
     Args:
-        path: `model.pt` (needs torch) or `model.onnx` (needs onnxruntime).
+        path: `model.pt` (needs torch), `model.onnx` (onnxruntime), `model.engine` (tensorrt) or `model.xml` (openvino).
         device: "auto" takes a CUDA device if one really works, else the CPU; "cpu", "cuda" and "cuda:N" are taken
             literally or fail.
-        backend: "auto" (by the kind of file), "torch" or "onnxruntime".
+        backend: "auto" (by the kind of file), "torch", "onnxruntime", "tensorrt" or "openvino".
         threads: CPU threads of one inference; None leaves the runtime's default. In torch this is a setting of the
             whole process.
         refine: Whether the scores are refined along the image's edges: None leaves it to the model's card, False is

@@ -136,4 +136,4 @@ def test_wrong_usage(arguments, capsys):
         main(arguments)
     assert exit_status.value.code == 2
     message = capsys.readouterr().err
-    assert "--help" in message or "Known are onnx, engine, triton" in message
+    assert "--help" in message or "Known are onnx, engine, openvino, triton" in message

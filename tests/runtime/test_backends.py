@@ -31,7 +31,7 @@ def test_what_can_run_and_why_not(monkeypatch):
     assert "timm not installed; pip install 'wsss-deploy[train]'" in can_run("torch").reason
     assert "'wsss-deploy[cpu]'" in can_run("onnxruntime").reason
     assert "'wsss-deploy[gpu]'" in can_run("onnxruntime").reason
-    with pytest.raises(UsageError, match="known are onnxruntime, tensorrt, torch"):
+    with pytest.raises(UsageError, match="known are onnxruntime, openvino, tensorrt, torch"):
         can_run("caffe")
 
 

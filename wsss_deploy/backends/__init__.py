@@ -1,6 +1,7 @@
 """Runtimes behind one protocol, and the choice among them.
 
-The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime, `.engine` in TensorRT. There is no fall-back
+The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime, `.engine` in TensorRT, `.xml`
+in OpenVINO. There is no fall-back
 from one to the other, since a missing runtime is a missing installation, which the error names.
 """
 
@@ -15,21 +16,27 @@ from wsss_deploy.backends.base import Availability, Backend
 from wsss_deploy.errors import BackendError, UsageError
 
 #: Runtime by the suffix of the files that it runs.
-RUNTIMES = {".pt": "torch", ".onnx": "onnxruntime", ".engine": "tensorrt"}
+RUNTIMES = {".pt": "torch", ".onnx": "onnxruntime", ".engine": "tensorrt", ".xml": "openvino"}
 
 _INSTALL = {
     "torch": "pip install 'wsss-deploy[train]' for model.pt, or export to model.onnx where that is installed",
     "onnxruntime": "pip install 'wsss-deploy[cpu]' or, with an NVIDIA GPU, 'wsss-deploy[gpu]'",
     "tensorrt": "pip install 'wsss-deploy[tensorrt]' on a machine with an NVIDIA GPU",
+    "openvino": "pip install 'wsss-deploy[openvino]'",
 }
-_NEEDS = {"torch": ("torch", "timm"), "onnxruntime": ("onnxruntime",), "tensorrt": ("tensorrt",)}
+_NEEDS = {
+    "torch": ("torch", "timm"),
+    "onnxruntime": ("onnxruntime",),
+    "tensorrt": ("tensorrt",),
+    "openvino": ("openvino",),
+}
 
 
 def can_run(name: str) -> Availability:
     """Whether a runtime is installed; nothing is imported.
 
     Args:
-        name: "torch", "onnxruntime" or "tensorrt".
+        name: "torch", "onnxruntime", "tensorrt" or "openvino".
 
     Raises:
         UsageError: There is no runtime of that name.
@@ -97,6 +104,10 @@ def open_backend(path: Path, device: str, backend: str, threads: int | None) -> 
         from wsss_deploy.backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(path, device)
+    if path.suffix.lower() == ".xml":
+        from wsss_deploy.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(path, device, threads)
     from wsss_deploy.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(path, device, threads)

@@ -29,7 +29,7 @@ class Backend(Protocol):
     """A model that is loaded in one runtime. `run` may be called from many threads.
 
     Attributes:
-        name: "torch", "onnxruntime" or "tensorrt".
+        name: "torch", "onnxruntime", "tensorrt" or "openvino".
         device: Where it really runs: "cpu", "cuda:0", ...
     """
 

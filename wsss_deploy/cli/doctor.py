@@ -130,6 +130,10 @@ def _devices(runtime: str) -> list[str]:
         return []
     if runtime == "tensorrt":
         return query_gpus("name")
+    if runtime == "openvino":
+        import openvino
+
+        return [f"{name} ({openvino.Core().get_property(name, 'FULL_DEVICE_NAME')})" for name in ("CPU",)]
     if runtime == "onnxruntime":
         import onnxruntime
 

@@ -12,6 +12,7 @@ from wsss_deploy.backends import can_run
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import WsssError
 from wsss_deploy.onnx_check import check_onnx
+from wsss_deploy.openvino_file import check_weights, weights_path
 
 
 class Check(NamedTuple):
@@ -40,7 +41,7 @@ def check_file(path: str) -> list[Check]:
     model = check_path(path)
     card = read_card(model)
     checks = [Check("card", True, f"{card.name}, {len(card.classes)} classes, {card.precision}")]
-    structure = {".onnx": _onnx, ".engine": _engine, ".pt": _torch}[model.suffix.lower()]
+    structure = {".onnx": _onnx, ".engine": _engine, ".xml": _openvino, ".pt": _torch}[model.suffix.lower()]
     try:
         checks.append(structure(model))
     except WsssError as error:
@@ -61,6 +62,11 @@ def _engine(model: Path) -> Check:
     built = f"TensorRT {manifest.tensorrt}, {manifest.gpu} ({manifest.compute_capability})"
     plugins = f", plugins {', '.join(manifest.plugins)}" if manifest.plugins else ""
     return Check("content", True, f"is what its manifest speaks of: {built}, {manifest.range_text()}{plugins}")
+
+
+def _openvino(model: Path) -> Check:
+    check_weights(model)
+    return Check("content", True, f"{weights_path(model).name} beside it belongs to it")
 
 
 def _torch(model: Path) -> Check:
