@@ -578,7 +578,7 @@ def _last_iteration(curves: dict[str, list[tuple[int, float]]]) -> int:
 def _loading(lines: Sequence[str], iteration: int) -> str:
     """The line of a training that has not taken its first step yet; empty afterwards."""
     for line in reversed(lines):
-        if re.match(r"\d+/\d+\s", line):
+        if re.match(r"\d+/\d+\s|[a-z -]+: \d+ of \d+ images", line):
             return ""
         if found := _LOADING_LINE.fullmatch(line):
             return line if iteration <= int(found[1]) else ""

@@ -242,11 +242,14 @@ def test_until_the_first_step_the_page_says_that_it_loads(data, demo):
     until(lambda: (data / "working").exists())
     until(lambda: "trains" in (folder / "console.txt").read_text())
     assert queue.status(name).note == "loading libraries and images, then on from iteration 0"
+    with (folder / "console.txt").open("a") as console:
+        console.write("features: 30 of 120 images\n")  # of a stage before the first step
+    assert queue.status(name).note == "features: 30 of 120 images"
     (folder / "log.csv").write_text("iteration,figure,value\n10,loss/total,1.5\n")
-    assert queue.status(name).note == "trains"
+    assert queue.status(name).note == "features: 30 of 120 images"
     queue.stop(name)
     until(lambda: state(queue, name) == "stopped")
-    assert queue.status(name).note == "trains"
+    assert queue.status(name).note == "features: 30 of 120 images"
 
     queue.resume(name)  # the figures of before are no step of this process
     until(lambda: (folder / "console.txt").read_text().count("trains") == 2)
