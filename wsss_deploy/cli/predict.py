@@ -50,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--tile", type=int, metavar="PX", help="cut larger images into windows of PX pixels instead of reducing them"
     )
     parser.add_argument("--overlap", type=int, default=64, metavar="PX", help="that windows share (default: 64)")
+    cluster = parser.add_argument_group("on a cluster (extra ray)", "Masks alone are written, no overlays.")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="share the images among workers of a Ray cluster; without ADDRESS on this machine. IMAGE may be a table, "
+        "NAME.parquet",
+    )
+    cluster.add_argument("--workers", type=int, metavar="N", help="copies of the model (default: as many as fit)")
+    cluster.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a worker (default: 1)")
+    cluster.add_argument("--image-column", default="image", metavar="C", help="of a table: encoded images")
+    cluster.add_argument("--name-column", default="name", metavar="C", help="of a table: their names")
     parser.add_argument("--json", action="store_true", help=f"print the content of {RECORD} instead of a summary")
     run_command(parser, _predict, argv)
 
@@ -58,6 +71,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.opacity <= 1:
         raise UsageError(f"--opacity {arguments.opacity}: expected a number from 0 to 1")
     out: Path = arguments.out
+    if arguments.ray is not None:
+        return _predict_on_ray(arguments)
     images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
     if not images:
         raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
@@ -92,10 +107,53 @@ def _predict(arguments: argparse.Namespace) -> int:
     with atomic_write(out / RECORD) as file:
         file.write(text.encode())
     sys.stdout.write(text if arguments.json else _report(record, out))
+    return _tell(failed, len(images))
+
+
+def _predict_on_ray(arguments: argparse.Namespace) -> int:
+    from wsss_deploy.cluster import ParquetImages, predict_on_ray
+
+    if arguments.tile is not None:
+        raise UsageError("--tile and --ray do not go together; set the card's sizing.tile, or leave one out")
+    for option in ("workers", "threads"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            raise UsageError(f"--{option} {getattr(arguments, option)}: expected 1 or more")
+    out: Path = arguments.out
+    tables = [path for path in arguments.images if path.endswith(".parquet")]
+    if tables and len(arguments.images) > 1:
+        raise UsageError(f"{tables[0]}: one table at a time; put its parts into one folder NAME.parquet")
+    images: list[Path] | ParquetImages
+    if tables:
+        images = ParquetImages(Path(tables[0]), arguments.image_column, arguments.name_column)
+        _check_targets(out, [])
+    else:
+        images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
+        _check_targets(out, output_names([image.absolute() for image in images]))
+    read_card(arguments.model)  # what is wrong with the file is told here, not by every worker
+    found = predict_on_ray(
+        images,
+        Path(arguments.model),
+        out,
+        address=arguments.ray or None,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        device=arguments.device,
+        refine=arguments.refine,
+    )
+    text = json.dumps({"format": "wsss-predict", **found}, indent=2) + "\n"
+    with atomic_write(out / RECORD) as file:
+        file.write(text.encode())
+    count = len(found["images"])
+    sys.stdout.write(text if arguments.json else f"{count} segmented on the cluster; results in {out}\n")
+    return _tell(found["failed"], count + len(found["failed"]))
+
+
+def _tell(failed: Sequence[dict[str, str]], total: int) -> int:
+    """Exit status, after a line for each image that failed."""
     for failure in failed:
         sys.stderr.write(f"wsss-predict: {failure['error']}\n")
     if failed:
-        sys.stderr.write(f"wsss-predict: {len(failed)} of {len(images)} images could not be segmented\n")
+        sys.stderr.write(f"wsss-predict: {len(failed)} of {total} images could not be segmented\n")
     return 1 if failed else 0
 
 

@@ -1,0 +1,121 @@
+"""Ray Data on this machine: every image once, whatever happens to workers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss_deploy import Segmenter
+from wsss_deploy.cli.predict import main
+from wsss_deploy.cluster import ParquetImages, Predictor, _record, predict_on_ray
+from wsss_deploy.errors import UsageError, WsssError
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class DiesOnce(Predictor):
+    """The first worker that comes to it dies after it has written its masks and before it has reported them."""
+
+    def __call__(self, batch):
+        found = super().__call__(batch)
+        try:
+            os.close(os.open(self._out / "died", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return found
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    (tmp_path / "images").mkdir()
+    for index in range(12):
+        Image.fromarray(np.roll(picture, 3 * index, axis=1)).save(tmp_path / "images" / f"{index:02}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def test_a_dead_worker_loses_and_doubles_nothing(cluster, folder, color_onnx):
+    images, out = sorted((folder / "images").iterdir()), folder / "out"
+    found = predict_on_ray(images, color_onnx, out, workers=2, batch=3, predictor=DiesOnce)
+    assert (out / "died").exists(), "nobody died, so nothing was tested"
+    assert [item["mask"] for item in found["images"]] == [f"{index:02}_mask.png" for index in range(12)]
+    (failure,) = found["failed"]
+    assert failure["image"].endswith("broken.png")
+    assert "is not an image" in failure["error"]
+    alone = Segmenter(color_onnx)
+    for index in range(12):
+        expected = alone.predict(folder / "images" / f"{index:02}.png").mask
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"{index:02}_mask.png")), expected)
+    assert len(list(out.glob("*.png"))) == 12
+
+
+def test_a_table_of_images(cluster, folder, color_onnx, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    content = {"name": [], "image": []}
+    for index in range(5):
+        buffer = io.BytesIO()
+        Image.open(folder / "images" / f"{index:02}.png").save(buffer, "PNG")
+        content["name"].append(f"left/{index}.png")
+        content["image"].append(buffer.getvalue())
+    table = folder / "images.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(content), table)
+    assert run(table, "--model", color_onnx, "--out", folder / "out", "--ray", "--workers", 1) == 0
+    assert "5 segmented on the cluster" in capsys.readouterr().out
+    record = json.loads((folder / "out" / "predictions.json").read_text())
+    assert [item["mask"] for item in record["images"]] == [f"{index}_mask.png" for index in range(5)]
+    assert (folder / "out" / "3_mask.png").is_file()
+    with pytest.raises(UsageError, match=r"has no column picture \(columns: name, image\)"):
+        predict_on_ray(ParquetImages(table, image="picture"), color_onnx, folder / "out")
+    pyarrow.parquet.write_table(pyarrow.table({key: [value[0]] * 2 for key, value in content.items()}), table)
+    with pytest.raises(UsageError, match=r"holds 'left/0\.png' more than once"):
+        predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
+
+
+def test_every_image_has_to_be_reported_once():
+    row = {"source": "a", "result": "{}", "error": ""}
+    assert _record(["a"], [row]) == {"images": [{}], "failed": []}
+    with pytest.raises(WsssError, match="1 were lost and 0 reported twice"):
+        _record(["a", "b"], [row])
+    with pytest.raises(WsssError, match="0 were lost and 1 reported twice"):
+        _record(["a"], [row, row])
+
+
+def test_what_does_not_go_together(folder, color_onnx, capsys):
+    given = (folder / "images", "--model", color_onnx, "--out", folder / "out", "--ray")
+    assert run(*given, "--tile", 64) == 2
+    assert "--tile and --ray do not go together" in capsys.readouterr().err
+    assert run(*given, "--workers", 0) == 2
+    assert run(folder / "a.parquet", *given) == 2
+    assert "one table at a time" in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(folder, color_onnx, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"'wsss-deploy\[ray\]'"):
+        predict_on_ray([folder / "images" / "00.png"], color_onnx, folder / "out")

@@ -1,0 +1,208 @@
+"""Many images on many machines: Ray Data gives blocks of images to workers that each hold the model (extra `ray`).
+
+A worker writes every mask whole or not at all, under a name that belongs to its image alone. So a block that is given
+out again, after a worker or a machine has died, writes the same files anew; and at the end each image has to have been
+reported exactly once, or the whole is an error. Images and results lie where all machines reach them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsss_deploy.cli.output_names import output_names
+from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
+from wsss_deploy.segmentation import write_png
+
+_log = logging.getLogger(__name__)
+
+_INSTALL = "pip install 'wsss-deploy[ray]'"
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """Encoded images (PNG, JPEG, ...) in a Parquet file or a folder of them.
+
+    Attributes:
+        path: File or folder.
+        image: Column of the files' bytes.
+        name: Column of their names, each of them once.
+    """
+
+    path: Path
+    image: str = "image"
+    name: str = "name"
+
+
+class Predictor:
+    """What a worker does with its blocks; made once in each.
+
+    Args:
+        model: Path of the model file.
+        out: Folder for the masks.
+        device: As in `Segmenter`.
+        threads: CPU threads of one inference.
+        refine: As in `Segmenter`.
+    """
+
+    def __init__(self, model: str, out: str, device: str, threads: int, refine: bool | None) -> None:
+        # Here: a worker loads the runtime, the process that gives out the work does not.
+        from wsss_deploy.segmenter import Segmenter
+
+        self._segmenter = Segmenter(model, device=device, threads=threads, refine=refine)
+        self._out = Path(out)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Segment a block.
+
+        Args:
+            batch: Columns `source` and `target`, and `image` for images that are no files.
+
+        Returns:
+            Columns `source`, `result` (JSON) and `error`, empty where there is none.
+        """
+        images = batch.get("image", batch["source"])
+        results, errors = [], []
+        for source, target, image in zip(batch["source"], batch["target"], images, strict=True):
+            result, error = "", ""
+            try:
+                given = bytes(image) if "image" in batch else str(image)
+                found = self._segmenter.predict(given)
+                write_png(self._out / f"{target}_mask.png", found.mask_image())
+                result = json.dumps({"image": str(source), "mask": f"{target}_mask.png", **found.summary()})
+            except (ImageError, BackendError) as problem:  # of this image; others would be of all
+                error = str(problem) if str(source) in str(problem) else f"{source}: {problem}"
+            results.append(result)
+            errors.append(error)
+        return {"source": batch["source"], "result": np.array(results, object), "error": np.array(errors, object)}
+
+
+def predict_on_ray(
+    images: Sequence[Path] | ParquetImages,
+    model: Path,
+    out: Path,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    device: str = "auto",
+    refine: bool | None = None,
+    batch: int = 8,
+    predictor: type[Predictor] = Predictor,
+) -> dict[str, Any]:
+    """Segment images on a Ray cluster and write `NAME_mask.png` for each.
+
+    Args:
+        images: Image files, or a Parquet table that holds them.
+        model: The model file; every machine reads it there.
+        out: Folder for the masks, on storage that every machine shares.
+        address: Of the cluster; None starts Ray on this machine, or uses one that is running in this process.
+        workers: Copies of the model, at most as many as the cluster's CPUs (or GPUs) allow, which is None's choice.
+        threads: CPU threads of a worker.
+        device: As in `Segmenter`; "cuda", and "auto" where the cluster has GPUs, reserves one for each worker.
+        refine: As in `Segmenter`.
+        batch: Images in a block.
+        predictor: What a worker does.
+
+    Returns:
+        `images`, the summaries in the order of the sources' names, and `failed`, images with their errors.
+
+    Raises:
+        UsageError: Ray is not installed, or the table is not as described.
+        WsssError: An image was lost or reported twice, or the workers failed altogether.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a segmenter reports to nobody
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UsageError(f"predicting on a cluster needs Ray; {_INSTALL}") from error
+    sources = _names(images) if isinstance(images, ParquetImages) else [str(path.absolute()) for path in images]
+    targets = dict(zip(sources, output_names([Path(source) for source in sources]), strict=True))
+    out.mkdir(parents=True, exist_ok=True)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        total = ray.cluster_resources()
+        gpu = device.startswith("cuda") or (device == "auto" and total.get("GPU", 0) > 0)
+        # One CPU stays for reading the table; workers that hold all of them would wait for it in vain.
+        spare = 1 if isinstance(images, ParquetImages) else 0
+        most = int(total.get("GPU", 0)) if gpu else (int(total.get("CPU", 1)) - spare) // threads
+        count = max(1, min(workers or most, most, len(sources)))
+        rows = _rows(ray.data, images, targets).map_batches(
+            predictor,
+            fn_constructor_args=(str(model.absolute()), str(out.absolute()), device, threads, refine),
+            batch_size=batch,
+            concurrency=count,
+            num_gpus=1 if gpu else 0,
+            num_cpus=threads,
+        )
+        found = rows.take_all()
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise WsssError(f"the workers failed ({reason}); --debug shows all of it") from error
+    finally:
+        if started:
+            ray.shutdown()
+    return _record(sources, found)
+
+
+def _names(table: ParquetImages) -> list[str]:
+    import pyarrow.dataset
+
+    try:
+        dataset = pyarrow.dataset.dataset(table.path, format="parquet")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{table.path}: cannot be read as Parquet ({str(error).partition(chr(10))[0]})") from error
+    missing = [column for column in (table.image, table.name) if column not in dataset.schema.names]
+    if missing:
+        raise UsageError(
+            f"{table.path}: has no column {' and '.join(missing)} (columns: {', '.join(dataset.schema.names)}); name "
+            "them with --image-column and --name-column"
+        )
+    names = [str(name) for name in dataset.to_table(columns=[table.name])[table.name].to_pylist()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"{table.path}: column {table.name} holds '{twice[0]}' more than once; names tell results apart"
+        )
+    return names
+
+
+def _rows(data: Any, images: Sequence[Path] | ParquetImages, targets: Mapping[str, str]) -> Any:
+    if not isinstance(images, ParquetImages):
+        return data.from_items([{"source": source, "target": target} for source, target in targets.items()])
+    table = images
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        source = str(row[table.name])
+        return {"source": source, "target": targets[source], "image": row[table.image]}
+
+    return data.read_parquet(str(table.path)).select_columns([table.image, table.name]).map(named)
+
+
+def _record(sources: Sequence[str], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summaries and errors, when every image was reported once."""
+    counts = Counter(str(row["source"]) for row in found)
+    lost = [source for source in sources if not counts[source]]
+    doubled = [source for source, count in counts.items() if count > 1]
+    if lost or doubled:
+        raise WsssError(
+            f"of {len(sources)} images {len(lost)} were lost and {len(doubled)} reported twice "
+            f"({(lost + doubled)[0]}); run it again, finished masks are only written anew"
+        )
+    by_source = {str(row["source"]): row for row in found}
+    ordered = [by_source[source] for source in sources]
+    return {
+        "images": [json.loads(row["result"]) for row in ordered if not row["error"]],
+        "failed": [{"image": str(row["source"]), "error": str(row["error"])} for row in ordered if row["error"]],
+    }
