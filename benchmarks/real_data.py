@@ -34,16 +34,19 @@ class Setting:
 
 # The regularised method weighs classes by their points; its comparison has to do so, too.
 WEIGHTED = ("--set", "method.class_weights=counts")
-# The Gated CRF loss alone, without the further sources of labels that the default recipe for points adds.
+# The Gated CRF loss alone, without the further sources of labels that it has for points.
 ALONE = ("--set", "method.absent=null", "--set", "method.spread=null", "--set", "method.teacher=null")
+PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
 
 SETTINGS = (
     Setting("voc-masks", "voc_animals", "masks", "supervised"),
     Setting("voc-points-partial", "voc_animals", "points", "partial_ce", extra=WEIGHTED),
     Setting("voc-points-gated", "voc_animals", "points", "gated_crf", extra=ALONE),
+    Setting("voc-points-sources", "voc_animals", "points", "gated_crf"),
     Setting("voc-points-default", "voc_animals", "points", ""),
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),
+    Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
     Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
     Setting("voc-scribbles-dfr", "voc_animals", "scribbles", "dfr"),
@@ -61,21 +64,26 @@ SETTINGS = (
     Setting("camvid-masks", "camvid", "masks", "supervised"),
     Setting("camvid-scribbles-partial", "camvid", "scribbles", "partial_ce"),
     Setting("camvid-scribbles-gated", "camvid", "scribbles", "gated_crf"),
+    Setting("camvid-scribbles-propagate", "camvid", "scribbles", "", extra=PROPAGATE),
     Setting("acdc-masks", "acdc_scribbles", "masks", "supervised", "foreground_miou"),
     Setting("acdc-scribbles-partial", "acdc_scribbles", "scribbles", "partial_ce", "foreground_miou"),
     Setting("acdc-scribbles-gated", "acdc_scribbles", "scribbles", "gated_crf", "foreground_miou"),
+    Setting("acdc-scribbles-propagate", "acdc_scribbles", "scribbles", "", "foreground_miou", PROPAGATE),
 )
 
 # Lowest acceptable means; a figure that is missing (not run) is not checked but named.
-GOALS = {"voc-masks": 0.81, "voc-points-partial": 0.682, "voc-points-gated": 0.711}
+GOALS = {"voc-masks": 0.81, "voc-points-partial": 0.682, "voc-points-gated": 0.711, "voc-points-default": 0.77}
 # (better, worse): the regularised loss has to help here.
 ORDER = (
     ("voc-points-gated", "voc-points-partial"),
-    ("voc-points-default", "voc-points-gated"),
+    ("voc-points-default", "voc-points-sources"),
     ("camvid-scribbles-gated", "camvid-scribbles-partial"),
 )
 # Compared as well, without a claim.
 NO_CLAIM = (
+    ("voc-points-sources", "voc-points-gated"),
+    ("voc-scribbles-propagate", "voc-scribbles-gated"),
+    ("camvid-scribbles-propagate", "camvid-scribbles-gated"),
     ("voc-scribbles-gated", "voc-scribbles-partial"),
     ("acdc-scribbles-gated", "acdc-scribbles-partial"),
 )

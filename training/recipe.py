@@ -278,31 +278,38 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
-def default_recipe(supervision: str, train_images: int, pretrained: bool = True) -> dict[str, Any]:
+def default_recipe(
+    supervision: str, train_images: int, pretrained: bool = True, background: bool = True, method: str | None = None
+) -> dict[str, Any]:
     """Values that work best for this kind of label and size of data set, by our measurements (docs/results.md).
 
     Args:
         supervision: Kind of label, or "auto".
         train_images: Number of training images.
         pretrained: Whether the encoder starts from weights; features of a random one are nothing to rely on.
+        background: Whether class 0 is the background.
+        method: Name of the one that the user chose; its values are in the result if there are any that suit it.
     """
-    method: dict[str, Any] = {"name": "supervised"}
+    chosen: dict[str, Any] = {"name": "supervised"}
     if supervision != "masks":
         # The published set-up is for 90 000 iterations. In a short run the loss, if it acts on random predictions,
         # spreads the commonest class; it starts when there is something to spread. A colour width of 0.1 links
         # little but flat areas; a wider one carries labels further.
-        method = {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.4}]}
-        if supervision == "points":
+        chosen = {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.4}]}
+        if supervision == "points" and pretrained and method is None:
+            # A point an object is little to learn from, but a pretrained encoder knows what looks alike.
+            chosen = {"name": "partial_ce", "propagate": {"tokens": {"images": background}}}
+        elif supervision == "points":
             # Half of all points are background. Labels from further sources add as much again as the Gated CRF loss.
-            method |= {"class_weights": "counts", "absent": {}, "spread": {}, "teacher": {}}
+            chosen |= {"class_weights": "counts", "absent": {}, "spread": {}, "teacher": {}}
         else:
             # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
-            method |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
+            chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
     if supervision == "tags":
-        method = {"name": "tags"} if pretrained else {"name": "tags", "cams": {"kind": "classifier"}}
+        chosen = {"name": "tags"} if pretrained else {"name": "tags", "cams": {"kind": "classifier"}}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
-    return {"supervision": supervision, "method": method, "optimisation": {"iterations": iterations}}
+    return {"supervision": supervision, "method": chosen, "optimisation": {"iterations": iterations}}
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -81,7 +81,12 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     split = str(given.get("train_split", "train"))
     model = given.get("model")
     pretrained = not isinstance(model, dict) or model.get("weights") != "none"
-    base = default_recipe(str(given.get("supervision", "auto")), len(source.splits.get(split, ())), pretrained)
+    images = len(source.splits.get(split, ()))
+    method = given.get("method")
+    asked = method.get("name") if isinstance(method, dict) else None
+    base = default_recipe(
+        str(given.get("supervision", "auto")), images, pretrained, has_background(source.classes), asked
+    )
     return build_recipe(merge(base, given))
 
 

@@ -13,7 +13,13 @@ def test_defaults_are_valid_for_every_supervision():
         assert recipe.supervision == supervision
         assert recipe.optimisation.iterations == 500
     assert build_recipe(default_recipe("masks", 300)).method.name == "supervised"
-    assert build_recipe(default_recipe("points", 300)).method.name == "gated_crf"
+    points = build_recipe(default_recipe("points", 300)).method
+    assert points.name == "partial_ce"
+    assert points.propagate.tokens.images
+    assert not build_recipe(default_recipe("points", 300, background=False)).method.propagate.tokens.images
+    # Without weights there are no features to rely on, and who names a method gets that one.
+    assert build_recipe(default_recipe("points", 300, pretrained=False)).method.teacher is not None
+    assert build_recipe(default_recipe("points", 300, method="gated_crf")).method.propagate is None
 
 
 def test_larger_sets_train_longer():
@@ -85,7 +91,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_yaml_of_the_dump_is_plain(tmp_path):
-    values = yaml.safe_load(dump_recipe(build_recipe(default_recipe("points", 10))))
+    values = yaml.safe_load(dump_recipe(build_recipe(default_recipe("scribbles", 10))))
     assert values["method"]["name"] == "gated_crf"
 
 
