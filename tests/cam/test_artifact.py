@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from training.cam.artifact import save_cams
 from training.cam.head import CamHead, encode
 from training.cam.prototypes import SharedFeatureHead
+from training.cam.tokens import OddsHead
 from wsss_deploy import Segmenter
 from wsss_deploy.activation import CAMS, activation_maps
 from wsss_deploy.artifact import load_model
@@ -55,6 +56,21 @@ def test_the_file_gives_the_classifiers_maps(encoder, depth, tmp_path):
     expected = F.interpolate(maps, size=(16, 24), mode="bilinear", align_corners=False)
     assert expected.amax() > 0.1
     torch.testing.assert_close(recovered(tmp_path / CAMS, image), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_odds_keep_their_offset(tmp_path):
+    network, card = network_and_card("test_vit")
+    head = OddsHead(network.encoder, 2, 0.5, pooling=0.1).eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert save_cams(tmp_path / CAMS, card, network.encoder, head, 0.5)
+    image = torch.randn(1, 3, 64, 96)
+    (index,) = head.indices
+    odds = head(encode(network.encoder, image, [index]))[index]
+    expected = F.interpolate(odds.relu(), size=(16, 24), mode="bilinear", align_corners=False)
+    assert expected.amax() > 0.1
+    torch.testing.assert_close(recovered(tmp_path / CAMS, image), expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
