@@ -133,6 +133,16 @@ def test_the_default_relies_on_features_only_where_there_are_any(tagged, values)
     assert resolve_recipe(source, "tags", [values, chosen]).method.cams.kind == "tokens"
 
 
+@pytest.mark.parametrize("encoder", ["test_convnext", "pvt_v2_b0"])
+def test_tokens_of_a_hierarchical_encoder(tagged, tmp_path, values, encoder):
+    values["model"] = values["model"] | {"encoder": encoder}
+    values["augmentation"] = {"size": 64}
+    values["method"] = {"name": "tags", "cams": TOKENS | {"depth": 0.75}}
+    train(tagged, tmp_path / "run", values)
+    labels = [np.asarray(Image.open(path)) for path in (tmp_path / "run" / LABELS).glob("*.png")]
+    assert len(labels) == 6
+
+
 def test_fitted_classifiers_are_kept(tagged, tmp_path, values, monkeypatch):
     values["method"] = {"name": "tags", "cams": TOKENS}
     folder = tmp_path / "run"
