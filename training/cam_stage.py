@@ -6,6 +6,7 @@ there are not read again.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.data.dataset import DataSource
 from training.data.pipeline import TrainingSet
 from training.methods.cam_methods import CamModel, ClassifierCams, SharedFeatureCams
 from training.methods.label_rule import label_rule
-from training.methods.tag_settings import CamSettings, SharedFeatureSettings, TagsSettings, TokenSettings
+from training.methods.tag_settings import CamSettings, LabelSettings, SharedFeatureSettings, TagsSettings, TokenSettings
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT
 from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
@@ -31,6 +32,7 @@ from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
 from wsss_deploy.card import Architecture, ModelCard
 from wsss_deploy.errors import RecipeError
+from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
 
@@ -62,6 +64,7 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
+    begin_labels(folder / LABELS, label_key(settings.labels, settings.cams.scales, recipe), keep=_training(folder))
     tagged = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
     missing = [name for name in tagged if not labelled.path(name).is_file()]
     if not missing:
@@ -70,7 +73,6 @@ def add_pseudo_labels(
     if card is not None:
         depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
         save_cams(folder / CAMS, card, encoder, method.head, depth)
-    (folder / LABELS).mkdir(exist_ok=True)
     rule = label_rule(settings.labels)
     make = sure_labels if method.knows_background else refined_labels
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
@@ -86,6 +88,39 @@ def add_pseudo_labels(
     return labelled
 
 
+def begin_labels(folder: Path, key: str, keep: bool) -> None:
+    """Make the folder of pseudo-labels; those that were made by another rule are removed, so that none are mixed.
+
+    Args:
+        folder: Of the labels.
+        key: All that decides them besides the classifier (`label_key`).
+        keep: Leave it as it is: the training on them has begun, and its checkpoint knows whether it may go on.
+    """
+    rule = folder / "rule.json"
+    if keep and folder.is_dir():
+        return
+    if not rule.is_file() or rule.read_text() != key:
+        for path in folder.glob("*.png"):
+            path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(rule) as file:
+            file.write(key.encode())
+
+
+def label_key(labels: LabelSettings, scales: Sequence[float], recipe: Recipe) -> str:
+    """What decides pseudo-labels besides the classifier, as text."""
+    values: dict[str, object] = {"labels": labels.model_dump(mode="json"), "scales": list(scales)}
+    if isinstance(recipe.method, TagsSettings):
+        values["long_side"] = long_side_of(recipe)
+        values["fusion"] = getattr(recipe.method.cams, "fusion", None)
+        values["depth"] = getattr(recipe.method.cams, "depth", None)
+    return json.dumps(values)
+
+
+def _training(folder: Path) -> bool:
+    return (folder / CHECKPOINT).is_file()
+
+
 def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: bool = True) -> tuple[Encoder, Stage]:
     """Encoder and method after the first stage, in evaluation mode; trained here or read from its checkpoint.
 
@@ -98,7 +133,7 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
     if isinstance(settings.cams, TokenSettings):
         encoder = pretrained_encoder(recipe, len(source.classes))
         names = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
-        return encoder, fitted_tokens(
+        fitted, _ = fitted_tokens(
             recipe,
             _stage_recipe(recipe),
             source,
@@ -111,6 +146,7 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
             stage,
             show,
         )
+        return encoder, fitted
     architecture = Architecture(
         encoder=model.encoder,
         decoder=model.decoder,

@@ -12,17 +12,19 @@ import torch
 
 from training.cam.labels import sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
-from training.cam_stage import LABELS, STAGE
-from training.data.dataset import DataSource
+from training.cam_stage import LABELS, STAGE, begin_labels, label_key
+from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.transforms import grow_points
 from training.methods.label_rule import label_rule
 from training.methods.settings import PartialCESettings
 from training.methods.tag_settings import PropagationSettings
 from training.recipe import Recipe
+from training.state import CHECKPOINT
 from training.token_stage import Labels, default_long_side, fitted_tokens, pretrained_encoder
 from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.errors import DataError
 from wsss_deploy.networks import encoder_preprocessing
 
 _log = logging.getLogger(__name__)
@@ -35,10 +37,11 @@ def add_propagated_labels(
     given: TrainingSet,
     folder: Path,
     show: bool = True,
-) -> PseudoLabelSource:
+) -> PseudoLabelSource | None:
     """The data set with labels of most pixels as masks of its labelled images; those that were given come first.
 
-    Every class of an image is taken to be among its labels, as with a point an object; an image with a mask keeps it.
+    Every class of an image but the background is taken to be among its labels, as with a point an object; an image with
+    a mask keeps it. An image whose label map is empty gets an empty one.
 
     Args:
         recipe: Of the whole run.
@@ -48,11 +51,16 @@ def add_propagated_labels(
         folder: Run folder; the classifiers and `pseudo_labels/` are kept in it.
         show: Progress on the terminal.
 
+    Returns:
+        None where the features do not tell the classes apart (`PropagationSettings.least`).
+
     Raises:
-        DataError: See `TrainingSet`.
+        DataError: No image has a label of any pixel.
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
+    key = label_key(settings.labels, settings.tokens.scales, recipe)
+    begin_labels(folder / LABELS, key, keep=(folder / CHECKPOINT).is_file())
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled
@@ -61,35 +69,51 @@ def add_propagated_labels(
     def known(name: str) -> Labels:
         return _merged({kind: source.load_labels(name, kind) for kind in given.kinds_of(name)}, radius)
 
+    base = {0} if has_background(source.classes) else set[int]()
+
+    def possible(labels: Labels) -> list[int]:
+        return sorted(base | set(_classes(labels)))
+
+    learnt = [name for name in given.names if _classes(known(name))]
+    if not learnt:
+        raise DataError(f"{source.name}: no image has a label of any pixel; label some, or leave method.propagate out")
     torch.manual_seed(recipe.seed)
     encoder = pretrained_encoder(recipe, len(source.classes))
     long_side = settings.long_side or default_long_side(recipe)
-    model = fitted_tokens(
+    model, recall = fitted_tokens(
         recipe,
         _what_the_stage_reads(recipe, settings),
         source,
         encoder,
         settings.tokens,
         long_side,
-        given.names,
-        lambda name: _classes(known(name)),
+        learnt,
+        lambda name: possible(known(name)),
         known,
         folder / STAGE,
         show,
     )
-    (folder / LABELS).mkdir(exist_ok=True)
+    if recall < settings.least:
+        _log.warning(
+            "labels are not carried on: of given labels in images that it had not seen the classifier got %.0f %% "
+            "right, expected are %.0f %% (method.propagate.least); %s goes on with the given labels alone",
+            100 * recall,
+            100 * settings.least,
+            recipe.method.name,
+        )
+        return None
     rule = label_rule(settings.labels)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     fabric = make_fabric(recipe)
     for done, name in enumerate(missing, start=1):
         own = known(name)
-        if "masks" not in given.kinds_of(name):
-            image, classes = source.load_image(name), _classes(own)
-            possible = torch.zeros(1, len(source.classes), dtype=torch.bool, device=fabric.device)
-            possible[0, classes] = True
+        if "masks" not in given.kinds_of(name) and _classes(own):
+            image, classes = source.load_image(name), possible(own)
+            may = torch.zeros(1, len(source.classes), dtype=torch.bool, device=fabric.device)
+            may[0, classes] = True
             with fabric.autocast():
                 view = network_image(image, long_side, preprocessing).to(fabric.device)
-                maps = model.probabilities(encoder, view, possible)[:, 1:].cpu()
+                maps = model.probabilities(encoder, view, may)[:, 1:].cpu()
             found = pseudo_label(image, maps, [index for index in classes if index], rule, sure_labels)
             own = np.where(own == IGNORE_INDEX, found, own)
         write_label(labelled.path(name), own, source.palette)

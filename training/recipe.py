@@ -238,17 +238,27 @@ def build_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise RecipeError([f"{source}: {_problem(item)}" for item in error.errors()]) from error
 
 
+_CAM_KINDS = ("tokens", "classifier", "shared_feature")
+
+
 def _problem(item: Any) -> str:
     # The tag of the method's union is part of pydantic's location but not of the file.
     path = [str(part) for part in item["loc"]]
     if len(path) > 1 and path[0] == "method":
         del path[1]
+    kind = "name"
+    if path[:2] == ["method", "cams"]:
+        kind = "kind"
+        if len(path) > 2 and path[2] in _CAM_KINDS:
+            del path[2]
     where = ".".join(path)
     if item["type"] == "missing":
         return f"{where}: missing"
     if item["type"] == "union_tag_invalid":
         known = re.findall(r"'(\w+)'", item["ctx"]["expected_tags"])
-        return f"{where}.name: no method '{item['ctx']['tag']}'; {_nearest(item['ctx']['tag'], known)}"
+        return f"{where}.{kind}: no {'method' if kind == 'name' else kind} '{item['ctx']['tag']}'; " + _nearest(
+            item["ctx"]["tag"], known
+        )
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (found {item['input']!r})"
     known = _known_keys(item["loc"][:-1])
@@ -266,7 +276,11 @@ def _known_keys(path: Sequence[str | int]) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        tagged = [model for model in options if getattr(model.model_fields.get("name"), "default", None) == part]
+        tagged = [
+            model
+            for model in options
+            if part in (getattr(model.model_fields.get(field), "default", None) for field in ("name", "kind"))
+        ]
         fields = [model.model_fields[part] for model in options if part in model.model_fields]
         options = tagged or [model for found in fields for model in _models(found.annotation)]
     return sorted({key for model in options for key in model.model_fields})
@@ -296,12 +310,13 @@ def default_recipe(
         # spreads the commonest class; it starts when there is something to spread. A colour width of 0.1 links
         # little but flat areas; a wider one carries labels further.
         chosen = {"name": "gated_crf", "start": 0.3, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.4}]}
-        if supervision == "points" and pretrained and method is None:
-            # A point an object is little to learn from, but a pretrained encoder knows what looks alike.
-            chosen = {"name": "partial_ce", "propagate": {"tokens": {"images": background}}}
-        elif supervision == "points":
+        if supervision == "points":
             # Half of all points are background. Labels from further sources add as much again as the Gated CRF loss.
             chosen |= {"class_weights": "counts", "absent": {}, "spread": {}, "teacher": {}}
+            if pretrained and method is None:
+                # A point an object is little to learn from, but a pretrained encoder knows what looks alike. Where it
+                # does (`least`) that is better than all of the above, which harms dense labels.
+                chosen |= {"propagate": {"alone": True, "tokens": {"images": background}}}
         else:
             # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
             chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}

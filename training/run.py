@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from training.cam.artifact import save_cams
+from training.cam.pseudo_labels import PseudoLabelSource
 from training.cam_stage import STAGE, add_pseudo_labels
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
-from training.methods.settings import SparseSettings
+from training.methods.settings import PartialCESettings, SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
 from training.propagation_stage import add_propagated_labels
@@ -181,15 +182,18 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         kinds = ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
     dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
-    if isinstance(recipe.method, SparseSettings) and recipe.method.propagate is not None:
+    settings = recipe.method
+    if isinstance(settings, SparseSettings) and settings.propagate is not None:
         _write_recipe(folder, recipe)
-        carried = add_propagated_labels(recipe, recipe.method.propagate, labelled, dataset, folder, show)
+        carried = add_propagated_labels(recipe, settings.propagate, labelled, dataset, folder, show)
         resume = resume and (folder / CHECKPOINT).exists()
-        dataset = TrainingSet(carried, dataset.names, ("masks",), recipe.augmentation, recipe.seed)
+        if carried is not None:
+            dataset = TrainingSet(carried, dataset.names, ("masks",), recipe.augmentation, recipe.seed)
+            settings = PartialCESettings() if settings.propagate.alone else settings
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
-    counts = _class_counts(dataset) if getattr(recipe.method, "class_weights", "off") == "counts" else None
-    method = build_method(recipe.method, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
+    counts = _class_counts(dataset) if getattr(settings, "class_weights", "off") == "counts" else None
+    method = build_method(settings, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
     validation = _validation_names(source, recipe)
 
     def validate(state: SegmentationNetwork) -> EvaluationResult | None:
@@ -205,6 +209,9 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     if isinstance(method, TSCD):
         save_cams(folder / CAMS, card, network.encoder, method.head, method.settings.cams.depth)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
+    if isinstance(dataset.source, PseudoLabelSource) and isinstance(recipe.method, SparseSettings):
+        carried_on = f"carried on before the training, which then was {settings.name}"
+        protocol = protocol.model_copy(update={"notes": {**protocol.notes, "labels": carried_on}})
     choice = None
     if validation:
         network.load_state_dict(trained.state)
@@ -232,6 +239,14 @@ def _check_tags(recipe: Recipe, source: DataSource) -> None:
             [
                 f"method.name: '{recipe.method.name}' learns from {fitting}, supervision is {recipe.supervision}; "
                 "with --supervision tags use tags, tscd or sfc, else another method"
+            ]
+        )
+    propagate = recipe.method.propagate if isinstance(recipe.method, SparseSettings) else None
+    if propagate is not None and propagate.tokens.images and not has_background(source.classes):
+        raise RecipeError(
+            [
+                f"method.propagate.tokens.images: needs a class 'background' first, class 0 is '{source.classes[0]}'; "
+                "set it to false"
             ]
         )
     if from_tags and not has_background(source.classes):

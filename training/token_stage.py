@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.cam.pseudo_labels import network_image
-from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens
+from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens, recall_of
 from training.data.dataset import DataSource
 from training.methods.tag_settings import TokenSettings
 from training.recipe import Recipe
@@ -63,7 +62,7 @@ def fitted_tokens(
     known: Callable[[str], Labels] | None,
     stage: Path,
     show: bool = True,
-) -> TokenCams:
+) -> tuple[TokenCams, float]:
     """Classifiers of a data set, in evaluation mode; from the stage's checkpoint if there is one.
 
     Args:
@@ -79,8 +78,12 @@ def fitted_tokens(
         stage: Folder of the checkpoint.
         show: Whether the log says how far it is.
 
+    Returns:
+        The classifiers, and the recall of known labels of images (a fifth) by others that have not seen them
+        (`recall_of`); NaN where nothing is known or there is one image.
+
     Raises:
-        TrainingError: The checkpoint is of another recipe.
+        TrainingError: The checkpoint is of another recipe, or features do not fit onto the disk.
     """
     path, classes = stage / CHECKPOINT, len(source.classes)
     fabric = make_fabric(recipe)
@@ -88,8 +91,9 @@ def fitted_tokens(
         use_plain_attention(encoder)
     model = TokenCams(settings, encoder, classes)
     if path.is_file():
-        model.load_state_dict(load_checkpoint(path, stage_recipe)["classifier"])
-        return model.to(fabric.device).eval()
+        saved = load_checkpoint(path, stage_recipe)
+        model.load_state_dict(saved["classifier"])
+        return model.to(fabric.device).eval(), float(saved["recall"])
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
 
     def views() -> Iterator[Tensor]:
@@ -102,14 +106,28 @@ def fitted_tokens(
     for row, name in zip(may, names, strict=True):
         row[list(possible(name))] = True
     stage.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=stage, suffix=".tokens") as file:
+    # One name, which a restart after a kill writes over; read, it needs none any more.
+    file = stage / "tokens.partial"
+    try:
         with fabric.autocast():
-            tokens = collect_tokens(Path(file.name), encoder, model.head.indices[0], views())
-        labels = None if known is None else _on_grids(tokens, names, known, classes)
-        fit_tokens(model, tokens, may, recipe.seed, labels)
-        del tokens
-    save_checkpoint(path, stage_recipe, {"classifier": model.state_dict()})
-    return model.to(fabric.device).eval()
+            tokens = collect_tokens(file, encoder, model.head.indices[0], views(), len(names))
+    finally:
+        file.unlink(missing_ok=True)
+    labels = None if known is None else _on_grids(tokens, names, known, classes)
+    recall = float("nan")
+    if labels is not None and len(names) > 1:
+        recall = _held_out_recall(TokenCams(settings, encoder, classes), tokens, may, labels, recipe.seed)
+    fit_tokens(model, tokens, may, recipe.seed, labels)
+    save_checkpoint(path, stage_recipe, {"classifier": model.state_dict(), "recall": recall})
+    return model.to(fabric.device).eval(), recall
+
+
+def _held_out_recall(model: TokenCams, tokens: Tokens, may: Tensor, labels: Labels, seed: int) -> float:
+    """Of every fifth image (every second of fewer than five), by classifiers that know their classes at most."""
+    held = np.arange(len(tokens)) % min(5, len(tokens)) == 0
+    hidden = np.repeat(held, np.diff(tokens.starts))
+    fit_tokens(model, tokens, may, seed, np.where(hidden, IGNORE_INDEX, labels))
+    return recall_of(model, tokens, may, np.where(hidden, labels, IGNORE_INDEX))
 
 
 def _on_grids(tokens: Tokens, names: Sequence[str], known: Callable[[str], Labels], classes: int) -> Labels:

@@ -100,3 +100,9 @@ def test_it_opens_like_any_model(tmp_path):
     result = segmenter.predict(np.zeros((40, 60, 3), np.uint8))
     assert result.mask.shape == (40, 60)
     assert (result.mask == 0).all()  # a classifier that has learned nothing sees nothing
+
+
+def test_odds_of_more_classes_than_channels_are_not_written(tmp_path):
+    network, card = network_and_card("test_vit")
+    head = OddsHead(network.encoder, 65, 1.0, pooling=0.1)
+    assert not save_cams(tmp_path / CAMS, card, network.encoder, head, 1.0)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from training.cam.labels import LabelRule, sure_labels
-from training.cam.tokens import TokenCams, collect_tokens, fit_tokens
+from training.cam.tokens import TokenCams, collect_tokens, fit_tokens, recall_of
 from training.methods.tag_settings import TokenSettings
 from training.token_stage import grid_labels
 from wsss_deploy.networks.encoder import Encoder
@@ -92,6 +92,18 @@ def test_a_few_known_positions_are_enough(encoder, images):
 
     odds, truths = fitted(encoder, KINDS, SETTINGS.model_copy(update={"images": images}), known=known)
     assert accuracy(odds, truths) > 0.95
+
+
+def test_recall_is_the_mean_over_classes(encoder):
+    generator = torch.Generator().manual_seed(1)
+    scenes, truths = zip(*[scene(each, generator) for each in KINDS], strict=True)
+    tokens, may = Given(list(scenes)), possible(KINDS, 3)
+    model = TokenCams(SETTINGS, encoder, 3)
+    labels = np.concatenate(truths).astype(np.uint8)
+    assert recall_of(model, tokens, may, labels) == pytest.approx(1 / 3), "all odds are 0: background everywhere"
+    fit_tokens(model, tokens, may, seed=0, known=labels)
+    assert recall_of(model, tokens, may, labels) > 0.95
+    assert np.isnan(recall_of(model, tokens, may, np.full_like(labels, 255)))
 
 
 def accuracy(odds, truths):

@@ -178,27 +178,95 @@ def write_points(data, folder):
     return folder
 
 
-def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeypatch):
+def carrying(**options):
+    return {"name": "partial_ce", "propagate": {"tokens": TOKENS, "labels": {"sure": 0.0}, "least": 0.0, **options}}
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeypatch, images):
     data = write_points(tagged, tmp_path / "data")
+    (data / "scribbles").mkdir()
+    Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(data / "scribbles" / "scene3.png")
     source = open_dataset(data)
-    values["method"] = {"name": "partial_ce", "propagate": {"tokens": TOKENS, "labels": {"sure": 0.0}}}
+    values["method"] = carrying(tokens=TOKENS | {"images": images})
     recipe = resolve_recipe(source, "points", [values])
     folder = tmp_path / "run"
     card, state = load_model(run(recipe, source, folder, show=False).model)
     assert card.protocol.supervision == ("points",)
-    radius = recipe.augmentation.point_radius
+    assert "carried on" in card.protocol.notes["labels"]
+    radius, checked = recipe.augmentation.point_radius, 0
     for path in (folder / LABELS).glob("*.png"):
         labels, given = np.asarray(Image.open(path)), source.load_labels(path.stem, "points")
-        kinds = set(np.unique(given[given != 255]).tolist())
-        assert set(np.unique(labels).tolist()) <= kinds, "no other class than the image's own"
-        y, x = (int(values[0]) for values in np.nonzero(given != 255))
-        assert (labels[y : y + radius, x] == given[y, x]).all(), "what was given stays"
+        assert set(np.unique(labels).tolist()) <= {0, *np.unique(given[given != 255]).tolist()}
+        for y, x in zip(*np.nonzero(given != 255), strict=True):
+            disc = labels[y - 1 : y + 2, x - 1 : x + 2]
+            assert (disc == given[y, x]).all(), "what was given stays"
+            checked += 1
+        assert (labels != 255).mean() > 0.9
+    assert checked > 7
+    assert radius >= 2, "the patch that is looked at lies in the disc"
     (folder / "model.pt").unlink()
     (folder / CHECKPOINT).unlink()
     shutil.rmtree(folder / LABELS)
     monkeypatch.setattr(training.token_stage, "fit_tokens", None)
     again = load_model(run(recipe, source, folder, resume=True, show=False).model)[1]
     assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_labels_are_not_carried_on_by_features_that_tell_nothing_apart(tagged, tmp_path, values, caplog, monkeypatch):
+    monkeypatch.setattr(training.token_stage, "recall_of", lambda *_: 0.6)
+    source = open_dataset(write_points(tagged, tmp_path / "data"))
+    values["method"] = carrying(least=0.75)
+    recipe = resolve_recipe(source, "points", [values])
+    card, _ = load_model(run(recipe, source, tmp_path / "run", show=False).model)
+    assert "labels are not carried on" in caplog.text
+    assert not list((tmp_path / "run" / LABELS).glob("*.png"))
+    assert "labels" not in card.protocol.notes
+
+
+def test_images_without_labels_and_masks_that_stay(tagged, tmp_path, values):
+    data = write_points(tagged, tmp_path / "data")
+    Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(data / "points" / "scene4.png")
+    mask = np.full((SIZE, SIZE), 2, np.uint8)
+    Image.fromarray(mask).save(data / "masks" / "scene2.png")
+    source = open_dataset(data)
+    values["method"] = carrying()
+    run(resolve_recipe(source, "auto", [values]), source, tmp_path / "run", show=False)
+    labels = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "run" / LABELS).glob("*.png")}
+    assert (labels["scene4"] == 255).all(), "nothing is known of it"
+    np.testing.assert_array_equal(labels["scene2"], mask)
+    for path in (data / "points").glob("*.png"):
+        Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(path)
+    source = open_dataset(data)
+    with pytest.raises(DataError, match="no image has a label of any pixel"):
+        run(resolve_recipe(source, "points", [values]), source, tmp_path / "other", show=False)
+
+
+def test_labels_of_another_rule_are_made_anew(tagged, tmp_path, values, monkeypatch):
+    folder = tmp_path / "run"
+    values["method"] = {"name": "tags", "cams": TOKENS}
+    train(tagged, folder, values)
+    for name in (CHECKPOINT, "model.pt"):
+        (folder / name).unlink()
+    (folder / LABELS / "scene0.png").unlink()
+    made, write = [], training.cam_stage.write_label
+    monkeypatch.setattr(
+        training.cam_stage, "write_label", lambda path, *rest: made.append(path.stem) or write(path, *rest)
+    )
+    train(tagged, folder, values, resume=True)
+    assert made == ["scene0"]
+    for name in (CHECKPOINT, "model.pt"):
+        (folder / name).unlink()
+    values["method"] = {"name": "tags", "cams": TOKENS, "labels": {"sure": 0.99}}
+    train(tagged, folder, values, resume=True)
+    assert len(made) == 1 + 6
+
+
+def test_seeds_of_images_need_a_background(tmp_path, values):
+    source = open_dataset(write_points(write_tagged(tmp_path / "a", ("dark", "red", "green", "blue")), tmp_path / "b"))
+    values["method"] = carrying(tokens=TOKENS | {"images": True})
+    with pytest.raises(RecipeError, match="needs a class 'background' first"):
+        run(resolve_recipe(source, "points", [values]), source, tmp_path / "run", show=False)
 
 
 @pytest.mark.parametrize("stop", ["training", "labels"])

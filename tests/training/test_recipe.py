@@ -14,7 +14,8 @@ def test_defaults_are_valid_for_every_supervision():
         assert recipe.optimisation.iterations == 500
     assert build_recipe(default_recipe("masks", 300)).method.name == "supervised"
     points = build_recipe(default_recipe("points", 300)).method
-    assert points.name == "partial_ce"
+    assert points.name == "gated_crf"
+    assert points.propagate.alone
     assert points.propagate.tokens.images
     assert not build_recipe(default_recipe("points", 300, background=False)).method.propagate.tokens.images
     # Without weights there are no features to rely on, and who names a method gets that one.
@@ -99,3 +100,10 @@ def test_off_is_a_name_and_false_is_not(tmp_path):
     (tmp_path / "recipe.yaml").write_text("class_weights: off\ndeterministic: false\nflag: True\n")
     assert read_recipe(tmp_path / "recipe.yaml") == {"class_weights": "off", "deterministic": False, "flag": True}
     assert parse_assignments(["method.labels.refiner=off"]) == {"method": {"labels": {"refiner": "off"}}}
+
+
+def test_kinds_of_maps_are_named_in_errors():
+    with pytest.raises(RecipeError, match=r"method\.cams\.kind: no kind 'foo'"):
+        build_recipe({"method": {"name": "tags", "cams": {"kind": "foo"}}})
+    with pytest.raises(RecipeError, match=r"method\.cams\.depths: unknown key; did you mean 'depth'"):
+        build_recipe({"method": {"name": "tags", "cams": {"depths": [1.0]}}})

@@ -31,10 +31,13 @@ def save_cams(path: Path, card: ModelCard, encoder: Encoder, head: nn.Module, de
         depth: Fraction of the encoder's depth whose map is meant, for a `CamHead`.
 
     Returns:
-        Whether it was written; not if the map lies before the last stage of an encoder that cannot be cut there.
+        Whether it was written; not if the map lies before the last stage of an encoder that cannot be cut there, nor
+        of an `OddsHead` with more classes than channels.
     """
     options: dict[str, Any] = dict(card.architecture.encoder_options)
     last = max(encoder.indices)
+    if isinstance(head, OddsHead) and head.layers[1].out_channels > head.layers[1].in_channels:
+        return False  # its bias would not fit into the norm's, see below
     decoder, index, tensors = _classifier(head, encoder, depth, last)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if index != last:
@@ -58,7 +61,7 @@ def _classifier(head: nn.Module, encoder: Encoder, depth: float, last: int) -> t
     index = head.cam_index(encoder, depth)
     normalise, classifier = head.classify[head.indices.index(index)]  # type: ignore[misc]
     # CAMs leave the norm's bias out as they do the classifier's. Odds do not: the classifier's bias is brought into the
-    # norm's, whose file has no other place for it; there are more channels than classes, so that it fits exactly.
+    # norm's, whose file has no other place for it; with no more classes than channels it fits exactly.
     offset = torch.zeros_like(normalise.bias)
     if isinstance(head, OddsHead):
         kernel = classifier.weight.detach().flatten(1).double()

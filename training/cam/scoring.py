@@ -15,6 +15,7 @@ from training.cam_stage import long_side_of, trained_classifier, whole_image_cam
 from training.data.dataset import DataSource
 from training.evaluate import Evaluator
 from training.recipe import Recipe
+from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import encoder_preprocessing
 
@@ -59,11 +60,13 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
     """
     encoder, method = trained_classifier(recipe, source, folder)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
+    autocast = make_fabric(recipe).autocast
     evaluators = [Evaluator(source.classes) for _ in BACKGROUNDS]
     for name in names:
         image, tags, truth = source.load_image(name), source.tags(name) or (), source.load_labels(name, "masks")
         view = network_image(image, long_side_of(recipe), preprocessing)
-        cams = whole_image_cams(encoder, method, view, tags)
+        with autocast():
+            cams = whole_image_cams(encoder, method, view, tags).cpu()
         cams = F.interpolate(cams, size=truth.shape, mode="bilinear", align_corners=False)
         present = torch.zeros(1, cams.shape[1])
         present[0, [tag - 1 for tag in tags]] = 1

@@ -10,6 +10,7 @@ that grass is no part of a sheep, many images say together: grass is with cows a
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from training.cam.head import CamHead, encode
 from training.methods.cam_methods import CamModel
 from training.methods.tag_settings import TokenSettings
 from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.errors import TrainingError
 from wsss_deploy.networks.encoder import Encoder
 
 _log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Tokens:
         return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
 
 
-def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Tensor]) -> Tokens:
+def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Tensor], count: int = 1) -> Tokens:
     """Write the tokens of images, each normalised to mean 0 and variance 1 over its channels.
 
     Args:
@@ -84,17 +86,32 @@ def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Ten
         encoder: In evaluation mode.
         index: Of the block or stage, as timm counts.
         views: Normalised images (1, 3, H, W) of any size.
+        count: How many there are, for a look at the free space after the first.
+
+    Raises:
+        TrainingError: They do not fit onto the disk.
     """
     sizes, channels = list[tuple[int, int]](), 0
     device = next(encoder.parameters()).device
     with path.open("wb") as file, torch.no_grad():
-        for view in views:
+        for number, view in enumerate(views):
             found = encode(encoder, view.to(device), [index])[index][0].float()
             channels = found.shape[0]
             rows = F.layer_norm(found.flatten(1).T, (channels,)).clamp(-_HALF_MAX, _HALF_MAX)
             sizes.append((found.shape[1], found.shape[2]))
             file.write(rows.half().cpu().numpy().tobytes())
+            if number == 0:
+                _check_space(path, 2 * rows.numel() * count)
     return Tokens(path, sizes, channels)
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise TrainingError(
+            f"{path.parent}: the features of all images need {needed / 1e9:.1f} GB while the first stage runs, free "
+            f"are {free / 1e9:.1f}; make room, choose another --out, or a smaller long side"
+        )
 
 
 class OddsHead(CamHead):
@@ -188,13 +205,15 @@ def fit_tokens(
     labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
     if known is None or settings.images:
         first = _learn_images(tokens, features, possible[:, 1:].float(), settings, generator)
-        weight, bias = first.weight, first.bias
+        weight, bias = first.weight.detach(), first.bias.detach()
         labels = _seeds(tokens, features, first, possible, settings)
     for _ in range(settings.rounds):
         if known is not None:
             labels = np.where(known == IGNORE_INDEX, labels, known)
         second = _learn_positions(tokens, features, labels, possible.shape[1], settings.learning_rate / 3, generator)
-        labels = _sure(tokens, features, second, possible, settings.sure)
+        found = _sure(tokens, features, second, possible, settings.sure)
+        # Sure of nothing: the next round has what this one had.
+        labels = found if (found != IGNORE_INDEX).any() else labels
         weight, bias = second.weight[1:] - second.weight[:1], second.bias[1:] - second.bias[:1]
     normalise, classifier = model.head.layers
     with torch.no_grad():
@@ -203,6 +222,33 @@ def fit_tokens(
         classifier.weight.copy_(weight[:, :, None, None])
         assert classifier.bias is not None
         classifier.bias.copy_(bias)
+
+
+def recall_of(model: TokenCams, tokens: Tokens, possible: Tensor, known: NDArray[np.uint8]) -> float:
+    """Mean over classes of the part of known positions whose likeliest possible class is the known one.
+
+    Args:
+        model: Fitted.
+        tokens: Of the images.
+        possible: As in `fit_tokens`.
+        known: As in `fit_tokens`.
+
+    Returns:
+        In [0, 1]; NaN without any known position.
+    """
+    normalise, classifier = model.head.layers
+    hits, totals = (np.zeros(possible.shape[1]) for _ in range(2))
+    with torch.no_grad():
+        for index, own in enumerate(possible):
+            given = known[tokens.starts[index] : tokens.starts[index + 1]]
+            at = np.flatnonzero(given != IGNORE_INDEX)
+            rows = tokens.image(index)[at] * normalise.weight + normalise.bias
+            odds = F.pad(F.linear(rows, classifier.weight.flatten(1), classifier.bias), (1, 0))
+            found = odds.masked_fill(~own, -torch.inf).argmax(dim=1).numpy()
+            np.add.at(totals, given[at], 1)
+            np.add.at(hits, given[at], found == given[at])
+    seen = totals > 0
+    return float((hits[seen] / totals[seen]).mean()) if seen.any() else float("nan")
 
 
 _Features = Callable[[Tensor], Tensor]
