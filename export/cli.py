@@ -23,7 +23,6 @@ from wsss_deploy.image_files import find_images
 from wsss_deploy.openvino_file import weights_path
 
 if TYPE_CHECKING:
-    from export.parity import ParityReport
     from export.tensorrt_engine import Shapes
 
 _EXAMPLES = """
@@ -111,23 +110,12 @@ def _export(arguments: argparse.Namespace) -> None:
         precision="fp32" if arguments.precision == "bf16" else arguments.precision,
         data=None if arguments.data is None else (arguments.data, arguments.split),
     )
-    report = json.loads((path.parent / report_name(path.name)).read_text())
-    differences = f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})"
-    rows = {
-        "file": str(path),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB, {read_card(path).precision}, opset {arguments.opset}",
-        "probabilities": differences,
-        "class ids": f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches",
-        "final masks": f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images",
-        "refinement": _refinement(read_card(path)),
-        "ran on": ", ".join(report["providers"]),
-        "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
-    }
+    rows = _told(path, f"opset {arguments.opset}")
     served = path
     if any(item.name == "engine" for item in formats):
         served = _engine(arguments, path, shapes, images, rows)
     if any(item.name == "openvino" for item in formats):
-        _openvino(arguments, path, images, rows)
+        rows = {"read from": str(path)} | _told(_openvino(arguments, path, images), "and the weights in its .bin")
     if any(item.name == "triton" for item in formats):
         from export.triton import write_repository
 
@@ -136,8 +124,6 @@ def _export(arguments: argparse.Namespace) -> None:
             served, out / "triton", name, max_batch=arguments.max_batch, instances=arguments.instances
         )
         rows["triton"] = f"{folder}; tritonserver --model-repository {shlex.quote(str(folder.parent))}"
-    if report["miou"] is not None:
-        rows["mIoU"] = f"{report['miou']['exported']:.4f}, torch {report['miou']['torch']:.4f}"
     for name, value in rows.items():
         print(f"{name:<15}{value}")
 
@@ -163,7 +149,25 @@ def _engine(
     return target
 
 
-def _openvino(arguments: argparse.Namespace, onnx_file: Path, images: list[Path], rows: dict[str, str]) -> None:
+def _told(path: Path, form: str) -> dict[str, str]:
+    """What is told of a finished file, from its parity report."""
+    report = json.loads((path.parent / report_name(path.name)).read_text())
+    rows = {
+        "file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB, {read_card(path).precision}, {form}",
+        "probabilities": f"differ by {report['score_max']:.1e} at most (allowed {report['thresholds']['score_max']:g})",
+        "class ids": f"{report['agreement']:.4%} of the pixels agree in {len(report['cases'])} batches",
+        "final masks": f"{report['final_agreement']:.4%} of the pixels agree in {len(report['final'])} images",
+        "refinement": _refinement(read_card(path)),
+        "ran on": ", ".join(report["providers"]),
+        "next": f"wsss-predict IMAGE --model {shlex.quote(str(path))} --out predictions",
+    }
+    if report["miou"] is not None:
+        rows["mIoU"] = f"{report['miou']['exported']:.4f}, torch {report['miou']['torch']:.4f}"
+    return rows
+
+
+def _openvino(arguments: argparse.Namespace, onnx_file: Path, images: list[Path]) -> Path:
     """Write OpenVINO's files in a hidden folder; they take their names after they have passed against torch."""
     from export.openvino_ir import build_openvino
 
@@ -171,16 +175,13 @@ def _openvino(arguments: argparse.Namespace, onnx_file: Path, images: list[Path]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".openvino-") as scratch:
         candidate = Path(scratch) / target.name
         build_openvino(onnx_file, candidate, arguments.precision)
-        report = _prove(arguments, candidate, target, images, arguments.precision)
+        _prove(arguments, candidate, target, images, arguments.precision)
         os.replace(weights_path(candidate), weights_path(target))
         os.replace(candidate, target)
-    final = min(item.agreement for item in report.final)
-    rows["openvino"] = f"{target}, ran in {report.providers[0]}, {final:.4%} of the pixels agree in the final masks"
+    return target
 
 
-def _prove(
-    arguments: argparse.Namespace, candidate: Path, target: Path, images: list[Path], limits: str
-) -> ParityReport:
+def _prove(arguments: argparse.Namespace, candidate: Path, target: Path, images: list[Path], limits: str) -> None:
     """Compare what is to become `target` with torch and write the report.
 
     Raises:
@@ -199,7 +200,6 @@ def _prove(
         )
     with atomic_write(target.parent / report_name(target.name)) as file:
         file.write(report.to_json().encode())
-    return report
 
 
 def _refinement(card: ModelCard) -> str:

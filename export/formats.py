@@ -51,6 +51,7 @@ FORMATS = (
     ),
 )
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_NEAREST = {"fp32": ("fp32",), "fp16": ("bf16", "fp32"), "bf16": ("fp16", "fp32"), "int8": ("fp16", "bf16", "fp32")}
 
 
 def table() -> str:
@@ -99,12 +100,17 @@ def check(formats: Sequence[Format], precision: str, refine: str, has_images: bo
         raise UsageError(_nearest("--precision", precision, PRECISIONS))
     for item in formats:
         if precision not in item.precisions:
-            nearest = item.precisions[-1]
+            nearest = next((other for other in _NEAREST[precision] if other in item.precisions), item.precisions[0])
             raise UsageError(
                 f"--format {item.name} has no --precision {precision}; nearest is --precision {nearest}, or "
                 f"--format {' or '.join(other.name for other in FORMATS if precision in other.precisions)}"
             )
         if refine not in item.refinements:
+            if refine in ("none", "in-graph"):
+                raise UsageError(
+                    f"--format {item.name} has no --refine {refine}: wsss-deploy's runtime refines its scores; leave "
+                    "--refine out"
+                )
             raise UsageError(_nearest(f"--format {item.name} --refine", refine, item.refinements))
     if precision == "int8" and not has_images:
         raise UsageError("--precision int8 is calibrated on images; add --images FOLDER, or take --precision fp16")

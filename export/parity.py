@@ -314,6 +314,11 @@ class _OpenVinoSession:
 
         self._backend = OpenVinoBackend(path, self.device)
         told = self._backend.describe()
+        if read_card(path).precision == "bf16" and told["precision"] != "bf16":
+            raise ParityError(
+                f"{path.name}: this CPU has no bf16 and computes in {told['precision']}, so that bf16 cannot be "
+                "compared with torch here; export it on a CPU that has it, or take --precision fp32"
+            )
         self.providers: tuple[str, ...] = (f"OpenVINO {told['version']} in {told['precision']}",)
 
     def run(self, batch: _Images) -> tuple[npt.NDArray[np.float32], _Images]:

@@ -67,14 +67,20 @@ class Predictor:
             batch: Columns `source` and `target`, and `image` for images that are no files.
 
         Returns:
-            Columns `source`, `result` (JSON) and `error`, empty where there is none.
+            Columns `source`, `result` (JSON), `error`, empty where there is none, and `ran` (JSON), what the worker
+            runs.
         """
+        ran = json.dumps(self._segmenter.describe())
         images = batch.get("image", batch["source"])
         results, errors = [], []
         for source, target, image in zip(batch["source"], batch["target"], images, strict=True):
             result, error = "", ""
             try:
-                given = bytes(image) if "image" in batch else str(image)
+                if "image" in batch and not isinstance(image, bytes):
+                    raise ImageError(
+                        f"{source}: the table holds no image for it; fill in the cell or leave the row out"
+                    )
+                given = image if "image" in batch else str(image)
                 found = self._segmenter.predict(given)
                 write_png(self._out / f"{target}_mask.png", found.mask_image())
                 result = json.dumps({"image": str(source), "mask": f"{target}_mask.png", **found.summary()})
@@ -82,7 +88,8 @@ class Predictor:
                 error = str(problem) if str(source) in str(problem) else f"{source}: {problem}"
             results.append(result)
             errors.append(error)
-        return {"source": batch["source"], "result": np.array(results, object), "error": np.array(errors, object)}
+        columns = {"result": results, "error": errors, "ran": [ran] * len(results)}
+        return {"source": batch["source"]} | {name: np.array(values, object) for name, values in columns.items()}
 
 
 def predict_on_ray(
@@ -113,10 +120,12 @@ def predict_on_ray(
         predictor: What a worker does.
 
     Returns:
-        `images`, the summaries in the order of the sources' names, and `failed`, images with their errors.
+        `images`, the summaries in the order of the sources, `failed`, images with their errors, and `runtimes`, the
+        different ones of `Segmenter.describe` among the workers.
 
     Raises:
-        UsageError: Ray is not installed, or the table is not as described.
+        UsageError: Ray is not installed or not to be reached, no worker fits into the cluster, or the table is not as
+            described.
         WsssError: An image was lost or reported twice, or the workers failed altogether.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a segmenter reports to nobody
@@ -125,19 +134,34 @@ def predict_on_ray(
         import ray.data
     except ImportError as error:
         raise UsageError(f"predicting on a cluster needs Ray; {_INSTALL}") from error
-    sources = _names(images) if isinstance(images, ParquetImages) else [str(path.absolute()) for path in images]
+    if device.startswith("cuda:"):
+        raise UsageError(f"device {device}: the cluster chooses the GPU of each worker; use 'cuda'")
+    sources = source_names(images)
     targets = dict(zip(sources, output_names([Path(source) for source in sources]), strict=True))
     out.mkdir(parents=True, exist_ok=True)
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"no Ray cluster at '{address}' ({str(error).strip().partition(chr(10))[0]}); start one with `ray start "
+                "--head`, check the address, or leave it out to use this machine"
+            ) from error
     try:
         total = ray.cluster_resources()
-        gpu = device.startswith("cuda") or (device == "auto" and total.get("GPU", 0) > 0)
+        gpu = model.suffix != ".xml" and (device == "cuda" or (device == "auto" and total.get("GPU", 0) > 0))
         # One CPU stays for reading the table; workers that hold all of them would wait for it in vain.
         spare = 1 if isinstance(images, ParquetImages) else 0
-        most = int(total.get("GPU", 0)) if gpu else (int(total.get("CPU", 1)) - spare) // threads
-        count = max(1, min(workers or most, most, len(sources)))
+        most = (int(total.get("CPU", 0)) - spare) // threads
+        most = min(most, int(total.get("GPU", 0))) if gpu else most
+        if most < 1:
+            wanted = f"{threads + spare} CPUs{' and a GPU' if gpu else ''}"
+            raise UsageError(
+                f"not one worker fits: {wanted} are needed, the cluster has {total.get('CPU', 0):.0f} CPUs and "
+                f"{total.get('GPU', 0):.0f} GPUs; lower --threads, or take another --device"
+            )
+        count = min(workers or most, most, len(sources))
         rows = _rows(ray.data, images, targets).map_batches(
             predictor,
             fn_constructor_args=(str(model.absolute()), str(out.absolute()), device, threads, refine),
@@ -148,7 +172,7 @@ def predict_on_ray(
         )
         found = rows.take_all()
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().rpartition("\n")[2]
+        reason = str(getattr(error, "cause", None) or error.__cause__ or error).strip().partition("\n")[0]
         raise WsssError(f"the workers failed ({reason}); --debug shows all of it") from error
     finally:
         if started:
@@ -156,8 +180,18 @@ def predict_on_ray(
     return _record(sources, found)
 
 
-def _names(table: ParquetImages) -> list[str]:
+def source_names(images: Sequence[Path] | ParquetImages) -> list[str]:
+    """What the images are called in results; file names without folder and suffix are made of it.
+
+    Raises:
+        UsageError: The table is not as described.
+    """
+    if not isinstance(images, ParquetImages):
+        return [str(path.absolute()) for path in images]
+    import pyarrow
     import pyarrow.dataset
+
+    table = images
 
     try:
         dataset = pyarrow.dataset.dataset(table.path, format="parquet")
@@ -169,6 +203,9 @@ def _names(table: ParquetImages) -> list[str]:
             f"{table.path}: has no column {' and '.join(missing)} (columns: {', '.join(dataset.schema.names)}); name "
             "them with --image-column and --name-column"
         )
+    kind = dataset.schema.field(table.image).type
+    if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise UsageError(f"{table.path}: column {table.image} is of type {kind}, expected binary: the images' files")
     names = [str(name) for name in dataset.to_table(columns=[table.name])[table.name].to_pylist()]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -205,4 +242,5 @@ def _record(sources: Sequence[str], found: Sequence[Mapping[str, Any]]) -> dict[
     return {
         "images": [json.loads(row["result"]) for row in ordered if not row["error"]],
         "failed": [{"image": str(row["source"]), "error": str(row["error"])} for row in ordered if row["error"]],
+        "runtimes": [json.loads(text) for text in sorted({str(row["ran"]) for row in found})],
     }

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from wsss_deploy.errors import ArtifactError
 
 CARD_ENTRY, WEIGHTS_ENTRY = "wsss_card", "wsss_weights_sha256"
-_LARGEST = 256 * 2**20
+_LARGEST = 64 * 2**20
 
 
 def weights_path(model: Path) -> Path:
@@ -48,11 +48,14 @@ def read_entries(model: Path) -> dict[str, str]:
     try:
         if model.stat().st_size > _LARGEST:
             raise ArtifactError(f"{model}: is no model description ({model.stat().st_size >> 20} MiB); export it again")
-        text = model.read_bytes()
+        text = model.read_bytes().decode("utf-8")
     except OSError as error:
         raise ArtifactError(f"{model}: cannot be read ({error.strerror or error}); check its permissions") from error
-    # OpenVINO writes neither; entities could unfold into more than any memory, or name files.
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{model}: is no UTF-8 text, as every model is; copy or export it again") from error
+    # OpenVINO writes none of them; entities could unfold into more than any memory, or name files. As a text, and without
+    # zeros, it is not read in another encoding than it was looked at.
+    if "<!DOCTYPE" in text or "<!ENTITY" in text or "\0" in text:
         raise ArtifactError(f"{model}: declares XML entities, which no model does; export it again")
     try:
         root = ElementTree.fromstring(text)

@@ -101,6 +101,25 @@ def test_damaged_files_are_named(copied):
         read_card(model)
 
 
+def test_other_encodings_hide_nothing(copied):
+    model = copied / "model.xml"
+    text = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bbbb">]>' + model.read_text().partition("?>")[2]
+    for encoding, message in (("utf-16", "is no UTF-8 text"), ("utf-16-le", "declares XML entities")):
+        model.write_bytes(text.encode(encoding))
+        with pytest.raises(ArtifactError, match=message):
+            read_card(model)
+
+
+def test_bf16_is_not_proved_by_a_cpu_that_has_none(tiny_model, tmp_path, monkeypatch, capsys):
+    from wsss_deploy.backends.openvino_backend import OpenVinoBackend
+
+    told = OpenVinoBackend.describe
+    monkeypatch.setattr(OpenVinoBackend, "describe", lambda self: told(self) | {"precision": "f32"})
+    assert run(tiny_model, "--format", "openvino", "--precision", "bf16", "--out", tmp_path) != 0
+    assert "this CPU has no bf16" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.xml"))
+
+
 def test_a_graph_that_openvino_refuses(copied):
     from wsss_deploy.openvino_file import read_entries
 
@@ -112,11 +131,11 @@ def test_a_graph_that_openvino_refuses(copied):
 
 
 def test_what_the_table_has(tmp_path):
-    with pytest.raises(UsageError, match="--format onnx has no --precision bf16"):
+    with pytest.raises(UsageError, match="--format onnx has no --precision bf16; nearest is --precision fp16"):
         check(read_formats("onnx"), "bf16", "none", False)
     with pytest.raises(UsageError, match="--format openvino has no --precision int8"):
         check(read_formats("openvino"), "int8", "none", True)
-    with pytest.raises(UsageError, match="--format openvino --refine in-graph"):
+    with pytest.raises(UsageError, match="openvino has no --refine in-graph: wsss-deploy's runtime refines"):
         check(read_formats("openvino"), "fp32", "in-graph", False)
 
 

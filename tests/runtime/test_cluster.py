@@ -77,7 +77,7 @@ def test_a_table_of_images(cluster, folder, color_onnx, capsys):
     import pyarrow
     import pyarrow.parquet
 
-    content = {"name": [], "image": []}
+    content = {"name": ["nothing"], "image": [None]}
     for index in range(5):
         buffer = io.BytesIO()
         Image.open(folder / "images" / f"{index:02}.png").save(buffer, "PNG")
@@ -85,25 +85,45 @@ def test_a_table_of_images(cluster, folder, color_onnx, capsys):
         content["image"].append(buffer.getvalue())
     table = folder / "images.parquet"
     pyarrow.parquet.write_table(pyarrow.table(content), table)
-    assert run(table, "--model", color_onnx, "--out", folder / "out", "--ray", "--workers", 1) == 0
-    assert "5 segmented on the cluster" in capsys.readouterr().out
+    assert run(table, "--model", color_onnx, "--out", folder / "out", "--ray", "--workers", 1) == 1
+    told = capsys.readouterr()
+    assert "5 segmented on the cluster" in told.out
+    assert "nothing: the table holds no image for it" in told.err
     record = json.loads((folder / "out" / "predictions.json").read_text())
     assert [item["mask"] for item in record["images"]] == [f"{index}_mask.png" for index in range(5)]
     assert (folder / "out" / "3_mask.png").is_file()
+    assert [ran["backend"] for ran in record["runtimes"]] == ["onnxruntime"]
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "out" / "4_mask.png")
+    assert run(table, "--model", color_onnx, "--out", folder / "out", "--ray") == 1
+    assert "would overwrite (4_mask.png)" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"has no column picture \(columns: name, image\)"):
         predict_on_ray(ParquetImages(table, image="picture"), color_onnx, folder / "out")
-    pyarrow.parquet.write_table(pyarrow.table({key: [value[0]] * 2 for key, value in content.items()}), table)
+    texts = {"name": ["a"], "image": ["text"]}
+    pyarrow.parquet.write_table(pyarrow.table(texts), table)
+    with pytest.raises(UsageError, match="column image is of type string, expected binary"):
+        predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
+    pyarrow.parquet.write_table(pyarrow.table({key: [value[1]] * 2 for key, value in content.items()}), table)
     with pytest.raises(UsageError, match=r"holds 'left/0\.png' more than once"):
         predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
 
 
 def test_every_image_has_to_be_reported_once():
-    row = {"source": "a", "result": "{}", "error": ""}
-    assert _record(["a"], [row]) == {"images": [{}], "failed": []}
+    row = {"source": "a", "result": "{}", "error": "", "ran": "{}"}
+    assert _record(["a"], [row]) == {"images": [{}], "failed": [], "runtimes": [{}]}
     with pytest.raises(WsssError, match="1 were lost and 0 reported twice"):
         _record(["a", "b"], [row])
     with pytest.raises(WsssError, match="0 were lost and 1 reported twice"):
         _record(["a"], [row, row])
+
+
+def test_workers_that_do_not_fit_are_an_error_at_once(cluster, folder, color_onnx):
+    images, out = [folder / "images" / "00.png"], folder / "out"
+    with pytest.raises(UsageError, match="not one worker fits: 4 CPUs are needed, the cluster has 2 CPUs"):
+        predict_on_ray(images, color_onnx, out, threads=4)
+    with pytest.raises(UsageError, match="1 CPUs and a GPU are needed"):
+        predict_on_ray(images, color_onnx, out, device="cuda")
+    with pytest.raises(UsageError, match="the cluster chooses the GPU"):
+        predict_on_ray(images, color_onnx, out, device="cuda:1")
 
 
 def test_what_does_not_go_together(folder, color_onnx, capsys):

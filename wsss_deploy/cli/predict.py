@@ -73,9 +73,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if arguments.ray is not None:
         return _predict_on_ray(arguments)
-    images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
-    if not images:
-        raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
+    images = _images(arguments)
     names = output_names(images)
     _check_targets(out, names)
     sizing = None
@@ -111,7 +109,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _predict_on_ray(arguments: argparse.Namespace) -> int:
-    from wsss_deploy.cluster import ParquetImages, predict_on_ray
+    from wsss_deploy.cluster import ParquetImages, predict_on_ray, source_names
 
     if arguments.tile is not None:
         raise UsageError("--tile and --ray do not go together; set the card's sizing.tile, or leave one out")
@@ -125,10 +123,13 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
     images: list[Path] | ParquetImages
     if tables:
         images = ParquetImages(Path(tables[0]), arguments.image_column, arguments.name_column)
-        _check_targets(out, [])
     else:
-        images = [image for image in find_images(arguments.images) if not _is_result(image, out)]
-        _check_targets(out, output_names([image.absolute() for image in images]))
+        images = _images(arguments)
+    try:
+        names = source_names(images)
+    except ImportError as error:
+        raise UsageError("reading a table needs Ray's extra; pip install 'wsss-deploy[ray]'") from error
+    _check_targets(out, output_names([Path(name) for name in names]))
     read_card(arguments.model)  # what is wrong with the file is told here, not by every worker
     found = predict_on_ray(
         images,
@@ -146,6 +147,13 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
     count = len(found["images"])
     sys.stdout.write(text if arguments.json else f"{count} segmented on the cluster; results in {out}\n")
     return _tell(found["failed"], count + len(found["failed"]))
+
+
+def _images(arguments: argparse.Namespace) -> list[Path]:
+    images = [image for image in find_images(arguments.images) if not _is_result(image, arguments.out)]
+    if not images:
+        raise ImageError(f"{', '.join(arguments.images)}: holds only results of wsss-predict; pass the images")
+    return images
 
 
 def _tell(failed: Sequence[dict[str, str]], total: int) -> int:
