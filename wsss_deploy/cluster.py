@@ -145,8 +145,8 @@ def predict_on_ray(
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"no Ray cluster at '{address}' ({str(error).strip().partition(chr(10))[0]}); start one with `ray start "
-                "--head`, check the address, or leave it out to use this machine"
+                f"no Ray cluster at '{address}' ({str(error).strip().partition(chr(10))[0]}); start one with "
+                "`ray start --head`, check the address, or leave it out to use this machine"
             ) from error
     try:
         total = ray.cluster_resources()

@@ -53,8 +53,8 @@ def read_entries(model: Path) -> dict[str, str]:
         raise ArtifactError(f"{model}: cannot be read ({error.strerror or error}); check its permissions") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{model}: is no UTF-8 text, as every model is; copy or export it again") from error
-    # OpenVINO writes none of them; entities could unfold into more than any memory, or name files. As a text, and without
-    # zeros, it is not read in another encoding than it was looked at.
+    # OpenVINO writes none of them; entities could unfold into more than any memory, or name files. As a text, and
+    # without zeros, it is not read in another encoding than it was looked at.
     if "<!DOCTYPE" in text or "<!ENTITY" in text or "\0" in text:
         raise ArtifactError(f"{model}: declares XML entities, which no model does; export it again")
     try:
