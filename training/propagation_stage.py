@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def add_propagated_labels(
             recipe.method.name,
         )
         return None
+    if show and not math.isnan(recall):
+        _log.info("of given labels in images that it had not seen the classifier got %.0f %% right", 100 * recall)
     rule = label_rule(settings.labels)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     fabric = make_fabric(recipe)
