@@ -291,7 +291,7 @@ def test_the_preview_takes_the_next_image_that_can_be_read(tmp_path, monkeypatch
         '{"supervision": "auto", "network": "Small, from scratch", "iterations": 9}'
     )
     opened = []
-    monkeypatch.setattr(preview, "_open", lambda state, classes: (opened.append(state), (color_segmenter, 7))[1])
+    monkeypatch.setattr(preview, "_open", lambda state, *_: (opened.append(state), (color_segmenter, 7))[1])
     runs = Runs(root)
     handlers = _Handlers(folder, runs, PageFiles(tmp_path / "files"))
 
