@@ -30,7 +30,7 @@ from training.state import CHECKPOINT
 from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
 from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
-from wsss_deploy.card import Architecture, ModelCard
+from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import RecipeError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import build_network, encoder_preprocessing
@@ -64,7 +64,7 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder / LABELS, label_key(settings.labels, settings.cams.scales, recipe), keep=_training(folder))
+    begin_labels(folder, label_key(settings.labels, settings.cams.scales, recipe))
     tagged = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
     missing = [name for name in tagged if not labelled.path(name).is_file()]
     if not missing:
@@ -88,21 +88,23 @@ def add_pseudo_labels(
     return labelled
 
 
-def begin_labels(folder: Path, key: str, keep: bool) -> None:
+def begin_labels(folder: Path, key: str) -> None:
     """Make the folder of pseudo-labels; those that were made by another rule are removed, so that none are mixed.
 
+    Once the training on them has begun they stay: its checkpoint knows whether it may go on.
+
     Args:
-        folder: Of the labels.
+        folder: The run's.
         key: All that decides them besides the classifier (`label_key`).
-        keep: Leave it as it is: the training on them has begun, and its checkpoint knows whether it may go on.
     """
-    rule = folder / "rule.json"
-    if keep and folder.is_dir():
+    labels = folder / LABELS
+    rule = labels / "rule.json"
+    if (folder / CHECKPOINT).is_file() and labels.is_dir():
         return
     if not rule.is_file() or rule.read_text() != key:
-        for path in folder.glob("*.png"):
+        for path in labels.glob("*.png"):
             path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
         with atomic_write(rule) as file:
             file.write(key.encode())
 
@@ -115,10 +117,6 @@ def label_key(labels: LabelSettings, scales: Sequence[float], recipe: Recipe) ->
         values["fusion"] = getattr(recipe.method.cams, "fusion", None)
         values["depth"] = getattr(recipe.method.cams, "depth", None)
     return json.dumps(values)
-
-
-def _training(folder: Path) -> bool:
-    return (folder / CHECKPOINT).is_file()
 
 
 def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: bool = True) -> tuple[Encoder, Stage]:
@@ -147,12 +145,7 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
             show,
         )
         return encoder, fitted
-    architecture = Architecture(
-        encoder=model.encoder,
-        decoder=model.decoder,
-        decoder_width=model.decoder_width,
-        encoder_options=model.encoder_options,
-    )
+    architecture = model.architecture
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     dataset = TrainingSet(source, source.splits[recipe.train_split], ("tags",), recipe.augmentation, recipe.seed)
     freeze(network.encoder, settings.cam_frozen)

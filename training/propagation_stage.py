@@ -21,7 +21,6 @@ from training.methods.label_rule import label_rule
 from training.methods.settings import PartialCESettings
 from training.methods.tag_settings import PropagationSettings
 from training.recipe import Recipe
-from training.state import CHECKPOINT
 from training.token_stage import Labels, default_long_side, fitted_tokens, pretrained_encoder
 from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
@@ -60,8 +59,7 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    key = label_key(settings.labels, settings.tokens.scales, recipe)
-    begin_labels(folder / LABELS, key, keep=(folder / CHECKPOINT).is_file())
+    begin_labels(folder, label_key(settings.labels, settings.tokens.scales, recipe))
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled
@@ -72,10 +70,10 @@ def add_propagated_labels(
 
     base = {0} if has_background(source.classes) else set[int]()
 
-    def possible(labels: Labels) -> list[int]:
-        return sorted(base | set(_classes(labels)))
-
-    learnt = [name for name in given.names if _classes(known(name))]
+    # Read once; the maps themselves would not fit into memory.
+    classes_of = {name: _classes(known(name)) for name in given.names}
+    possible = {name: sorted(base | set(found)) for name, found in classes_of.items()}
+    learnt = [name for name, found in classes_of.items() if found]
     if not learnt:
         raise DataError(f"{source.name}: no image has a label of any pixel; label some, or leave method.propagate out")
     torch.manual_seed(recipe.seed)
@@ -89,7 +87,7 @@ def add_propagated_labels(
         settings.tokens,
         long_side,
         learnt,
-        lambda name: possible(known(name)),
+        possible.__getitem__,
         known,
         folder / STAGE,
         show,
@@ -110,8 +108,8 @@ def add_propagated_labels(
     fabric = make_fabric(recipe)
     for done, name in enumerate(missing, start=1):
         own = known(name)
-        if "masks" not in given.kinds_of(name) and _classes(own):
-            image, classes = source.load_image(name), possible(own)
+        if "masks" not in given.kinds_of(name) and classes_of[name]:
+            image, classes = source.load_image(name), possible[name]
             may = torch.zeros(1, len(source.classes), dtype=torch.bool, device=fabric.device)
             may[0, classes] = True
             with fabric.autocast():

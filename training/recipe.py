@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.data.pipeline import Augmentation
 from training.methods.settings import MethodSettings
+from wsss_deploy.card import Architecture
 from wsss_deploy.errors import RecipeError
 
 Supervision = Literal["masks", "scribbles", "points", "tags", "auto"]
@@ -46,6 +47,16 @@ class ModelSettings(_Strict):
     decoder_width: Annotated[int, Field(ge=8, le=4096)] = 256
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weights: str = "timm"
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a model's card says of the network."""
+        return Architecture(
+            encoder=self.encoder,
+            decoder=self.decoder,
+            decoder_width=self.decoder_width,
+            encoder_options=self.encoder_options,
+        )
 
 
 class Optimisation(_Strict):

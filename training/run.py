@@ -35,7 +35,7 @@ from training.trainer import Trained, Trainer, device_and_precision
 from wsss_deploy import Segmenter
 from wsss_deploy.activation import CAMS
 from wsss_deploy.artifact import save_model
-from wsss_deploy.card import IGNORE_INDEX, Architecture, ModelCard, Protocol, Sizing
+from wsss_deploy.card import IGNORE_INDEX, ModelCard, Protocol, Sizing
 from wsss_deploy.errors import DataError, RecipeError, TrainingError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import SegmentationNetwork, build_network, encoder_preprocessing
@@ -158,12 +158,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     kinds: Any = "auto" if recipe.supervision == "auto" else (recipe.supervision,)
     names = split_names(labelled, recipe.train_split)
     model = recipe.model
-    architecture = Architecture(
-        encoder=model.encoder,
-        decoder=model.decoder,
-        decoder_width=model.decoder_width,
-        encoder_options=model.encoder_options,
-    )
+    architecture = model.architecture
     long_side = recipe.inference_long_side
     if long_side is None:
         long_side = 32 * round(_INFERENCE_SCALE * recipe.augmentation.size / 32)

@@ -18,7 +18,7 @@ from training.methods.tag_settings import TokenSettings
 from training.recipe import Recipe
 from training.state import CHECKPOINT, load_checkpoint, save_checkpoint
 from training.trainer import make_fabric, use_plain_attention
-from wsss_deploy.card import IGNORE_INDEX, Architecture
+from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
 
@@ -40,13 +40,7 @@ def default_long_side(recipe: Recipe) -> int:
 def pretrained_encoder(recipe: Recipe, classes: int) -> Encoder:
     """The recipe's encoder with the weights that it starts from, in evaluation mode and on the recipe's device."""
     model = recipe.model
-    architecture = Architecture(
-        encoder=model.encoder,
-        decoder=model.decoder,
-        decoder_width=model.decoder_width,
-        encoder_options=model.encoder_options,
-    )
-    network = build_network(architecture, classes, weights=model.weights, drop_path=model.drop_path)
+    network = build_network(model.architecture, classes, weights=model.weights, drop_path=model.drop_path)
     return network.to(make_fabric(recipe).device).eval().encoder
 
 
