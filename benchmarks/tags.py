@@ -55,8 +55,9 @@ ROWS = (
     Row("tokens-images", "tags", ("cams.rounds=0",)),
     Row("tokens-plain", "tags", ("labels.refiner=off",)),
     Row("tokens-par", "tags", ("labels.refiner=par",), "tokens-plain"),
-    Row("tokens-crf", "tags", ("crf_weight=0.1",), "tokens-plain"),
-    Row("default", "", (), "tokens-plain"),
+    Row("tokens-crf", "tags", ("labels.refiner=varm", "crf_weight=0.1"), "tokens-plain"),
+    # Named although it is the default: a run that takes over another's classifier starts from its recipe.
+    Row("default", "", ("labels.refiner=varm",), "tokens-plain"),
 )
 TWIN = Row("masks", "supervised")
 
