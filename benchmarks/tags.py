@@ -36,6 +36,10 @@ class Row:
 
 
 _LEARNING = ("cams.kind=classifier",)
+# A run that takes over a classifier starts from that run's recipe, so what differs from it is named.
+_FIRST = "tokens-plain"
+_VARM = ("labels.refiner=varm",)
+_CALIBRATED = (*_VARM, "cams.calibration={}")
 ROWS = (
     # Classifiers that learn together with the encoder, as published methods have it.
     Row("plain", "tags", (*_LEARNING, "labels.refiner=off")),
@@ -50,14 +54,20 @@ ROWS = (
     Row("sfc-prototype", "sfc", ("cams.scale_weight=0",)),
     Row("sfc-even", "sfc", ("cams.coefficients=false",)),
     Row("sfc", "sfc"),
-    # Linear classifiers on the tokens of a frozen encoder: of images alone, then of positions, refined by nothing,
-    # PAR or VARM (the default).
-    Row("tokens-images", "tags", ("cams.rounds=0",)),
-    Row("tokens-plain", "tags", ("labels.refiner=off",)),
-    Row("tokens-par", "tags", ("labels.refiner=par",), "tokens-plain"),
-    Row("tokens-crf", "tags", ("labels.refiner=varm", "crf_weight=0.1"), "tokens-plain"),
-    # Named although it is the default: a run that takes over another's classifier starts from its recipe.
-    Row("default", "", ("labels.refiner=varm",), "tokens-plain"),
+    # Linear classifiers on the tokens of a frozen encoder: of images alone, then of positions; refined by nothing, PAR
+    # or VARM; along attention, then along the correlation of features and with prototypes as well (the default); with
+    # self correspondence distillation of the segmenter. What a row takes over from another is its classifier alone.
+    Row("tokens-images", "tags", ("cams.rounds=0", "cams.calibration=null", "labels.refiner=off")),
+    Row("tokens-plain", "tags", ("cams.calibration=null", "labels.refiner=off")),
+    Row("tokens-par", "tags", ("cams.calibration=null", "labels.refiner=par"), "tokens-plain"),
+    Row("tokens-varm", "tags", ("cams.calibration=null", *_VARM), "tokens-plain"),
+    Row("tokens-affinity", "tags", (*_CALIBRATED, "cams.calibration.steps=0", "cams.calibration.fusion=0"), _FIRST),
+    Row("tokens-correlation", "tags", (*_CALIBRATED, "cams.calibration.fusion=0"), _FIRST),
+    Row("tokens-sfc", "tags", _CALIBRATED, _FIRST),
+    Row("tokens-scd", "tags", (*_CALIBRATED, "correspondence_weight=1"), _FIRST),
+    Row("tokens-scd-parity", "tags", (*_CALIBRATED, "correspondence_weight=1", "correspondence=parity"), _FIRST),
+    Row("tokens-crf", "tags", (*_CALIBRATED, "crf_weight=0.1"), _FIRST),
+    Row("default", ""),
 )
 TWIN = Row("masks", "supervised")
 
@@ -70,8 +80,12 @@ ORDER = (
     ("affinity", "single"),
     ("scd", "affinity"),
     ("sfc", "sfc-plain"),
-    ("default", "tokens-images"),
-    ("default", "tokens-plain"),
+    ("tokens-plain", "tokens-images"),
+    ("tokens-par", "tokens-plain"),
+    ("tokens-varm", "tokens-par"),
+    ("tokens-affinity", "tokens-varm"),
+    ("tokens-sfc", "tokens-affinity"),
+    ("tokens-scd", "tokens-sfc"),
 )
 
 

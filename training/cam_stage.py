@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,14 @@ from training.data.dataset import DataSource
 from training.data.pipeline import TrainingSet
 from training.methods.cam_methods import CamModel, ClassifierCams, SharedFeatureCams
 from training.methods.label_rule import label_rule
-from training.methods.tag_settings import CamSettings, LabelSettings, SharedFeatureSettings, TagsSettings, TokenSettings
+from training.methods.tag_settings import (
+    CamKind,
+    CamSettings,
+    LabelSettings,
+    SharedFeatureSettings,
+    TagsSettings,
+    TokenSettings,
+)
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT
 from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
@@ -64,7 +71,7 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder, label_key(settings.labels, settings.cams.scales, recipe))
+    begin_labels(folder, label_key(settings.labels, settings.cams, recipe))
     tagged = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
     missing = [name for name in tagged if not labelled.path(name).is_file()]
     if not missing:
@@ -109,9 +116,11 @@ def begin_labels(folder: Path, key: str) -> None:
             file.write(key.encode())
 
 
-def label_key(labels: LabelSettings, scales: Sequence[float], recipe: Recipe) -> str:
+def label_key(labels: LabelSettings, cams: CamKind, recipe: Recipe) -> str:
     """What decides pseudo-labels besides the classifier, as text."""
-    values: dict[str, object] = {"labels": labels.model_dump(mode="json"), "scales": list(scales)}
+    values: dict[str, object] = {"labels": labels.model_dump(mode="json"), "scales": list(cams.scales)}
+    if isinstance(cams, TokenSettings):
+        values |= cams.model_dump(mode="json", include={"calibration"})
     if isinstance(recipe.method, TagsSettings):
         values["long_side"] = long_side_of(recipe)
         values["fusion"] = getattr(recipe.method.cams, "fusion", None)
@@ -167,6 +176,19 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
     return network.eval().encoder, method.eval()
 
 
+def stage_maps(recipe: Recipe, source: DataSource, folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the first stage's classifier says of images and tags (N, C), for the second; see `CamModel.class_maps`.
+
+    Args and errors as in `add_pseudo_labels`.
+    """
+    encoder, method = trained_classifier(recipe, source, folder, False)
+
+    def maps(image: Tensor, tags: Tensor) -> Tensor:
+        return method.class_maps(encoder, image, tags[:, 1:])
+
+    return maps
+
+
 def _stage_recipe(recipe: Recipe, **changes: object) -> Recipe:
     """The recipe of the first stage alone."""
     return recipe.model_copy(update={"method": _what_the_stage_reads(_settings(recipe)), **changes})
@@ -190,7 +212,7 @@ def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
     """
     cams = settings.cams
     if isinstance(cams, TokenSettings):
-        cams = cams.model_copy(update={"scales": (1.0,)})
+        cams = cams.model_copy(update={"scales": (1.0,), "calibration": None})
         return type(settings)(cams=cams, cam_long_side=settings.cam_long_side)
     if isinstance(cams, CamSettings):
         cams = CamSettings(depths=cams.depths, pooling=cams.pooling)

@@ -59,7 +59,7 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder, label_key(settings.labels, settings.tokens.scales, recipe))
+    begin_labels(folder, label_key(settings.labels, settings.tokens, recipe))
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled
@@ -140,6 +140,6 @@ def _merged(layers: Mapping[str, Labels], radius: int) -> Labels:
 
 def _what_the_stage_reads(recipe: Recipe, settings: PropagationSettings) -> Recipe:
     """Settings that decide the classifiers; others may change between their end and a restart."""
-    tokens = settings.tokens.model_copy(update={"scales": (1.0,)})
+    tokens = settings.tokens.model_copy(update={"scales": (1.0,), "calibration": None})
     plain: dict[str, Any] = {"tokens": tokens, "long_side": settings.long_side}
     return recipe.model_copy(update={"method": PartialCESettings(propagate=PropagationSettings(**plain))})

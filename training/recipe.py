@@ -161,12 +161,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base` in which the values of `over` replace or, for mappings, extend those of `base`.
 
     A mapping with another `name` (another method) replaces instead of extending: options of one method mean
-    nothing to the next.
+    nothing to the next. Options that came before any name are of the one that is named then.
     """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and (None in (old.get("name"), value.get("name")) or value["name"] == old["name"])
+        ):
             result[key] = merge(old, value)
         else:
             result[key] = value

@@ -18,7 +18,7 @@ import torch
 
 from training.cam.artifact import save_cams
 from training.cam.pseudo_labels import PseudoLabelSource
-from training.cam_stage import STAGE, add_pseudo_labels
+from training.cam_stage import STAGE, add_pseudo_labels, stage_maps
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
@@ -185,10 +185,15 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         if carried is not None:
             dataset = TrainingSet(carried, dataset.names, ("masks",), recipe.augmentation, recipe.seed)
             settings = PartialCESettings() if settings.propagate.alone else settings
+    class_maps = None
+    if isinstance(settings, TagsSettings) and settings.correspondence_weight:
+        class_maps = stage_maps(recipe, source, folder)
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     counts = _class_counts(dataset) if getattr(settings, "class_weights", "off") == "counts" else None
-    method = build_method(settings, len(source.classes), preprocessing, counts, network.encoder, network.decoder)
+    method = build_method(
+        settings, len(source.classes), preprocessing, counts, network.encoder, network.decoder, class_maps
+    )
     validation = _validation_names(source, recipe)
 
     def validate(state: SegmentationNetwork) -> EvaluationResult | None:

@@ -93,10 +93,12 @@ SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
     [
         two_stages(cams={"scales": [1.0]}, crf_weight=0.1, crf_start=0.0, correction={"start": 0.3, "threshold": 0.6}),
         {"name": "tags", "cams": TOKENS},
+        {"name": "tags", "cams": TOKENS, "correspondence_weight": 0.1, "samples": 4},
         two_stages("sfc", cams=SHARED),
+        two_stages("sfc", cams=SHARED, correspondence_weight=0.1, samples=4),
         {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0, 0.5]}, "regulariser_weight": 0.01},
     ],
-    ids=["classifier", "tokens", "sfc", "tscd"],
+    ids=["classifier", "tokens", "tokens-scd", "sfc", "sfc-scd", "tscd"],
 )
 def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     result = train(tagged, tmp_path / "run", values | {"method": method})
@@ -109,6 +111,38 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert result.trained.result.images == 3
     maps, _ = load_model(tmp_path / "run" / CAMS)
     assert maps.classes == card.classes
+
+
+def test_self_correspondence_follows_the_first_stage(values):
+    settings = TypeAdapter(MethodSettings).validate_python(
+        {"name": "tags", "correspondence_weight": 0.5, "samples": 6, "small_view": 0.5}
+    )
+    with pytest.raises(RecipeError, match="class_maps"):
+        build_method(settings, 4, HALF)
+    torch.manual_seed(0)
+    network = build_network(Architecture(encoder="test_vit", decoder_width=32), 4, weights="none")
+    left = torch.zeros(2, 2, SIZE, SIZE)
+    left[:, 0, :, : SIZE // 2], left[:, 1, :, SIZE // 2 :] = 1, 1
+
+    def class_maps(image, tags):
+        assert tags.shape == (2, 4)
+        return torch.nn.functional.interpolate(left, image.shape[-2:])
+
+    method = build_method(settings, 4, HALF, class_maps=class_maps)
+    image = torch.cat([left, left[:, :1]], dim=1)
+    labels = torch.full((2, SIZE, SIZE), 255)
+    batch = Batch(image, labels, labels == 255, torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.bool))
+    optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        terms = method(network, batch, 0.5)
+        terms["correspondence"].backward()
+        optimiser.step()
+    assert terms["pseudo_ce"] == 0, "no label anywhere"
+    logits = torch.nn.functional.normalize(network.eval()(image), dim=1)
+    middle = logits.shape[-1] // 2
+    one, other = logits[..., : middle - 2].mean(dim=(2, 3)), logits[..., middle + 2 :].mean(dim=(2, 3))
+    assert (torch.cosine_similarity(one, other) < 0.5).all(), "halves that the maps tell apart come to differ"
 
 
 @pytest.mark.parametrize("method", [two_stages(), {"name": "tags", "cams": TOKENS}], ids=["classifier", "tokens"])

@@ -107,3 +107,10 @@ def test_kinds_of_maps_are_named_in_errors():
         build_recipe({"method": {"name": "tags", "cams": {"kind": "foo"}}})
     with pytest.raises(RecipeError, match=r"method\.cams\.depths: unknown key; did you mean 'depth'"):
         build_recipe({"method": {"name": "tags", "cams": {"depths": [1.0]}}})
+
+
+def test_options_may_come_before_the_name_of_their_method() -> None:
+    texts = ["method.cams.pooling=0.1", "method.name=tags"]
+    expected = {"method": {"cams": {"pooling": 0.1}, "name": "tags"}}
+    assert parse_assignments(texts) == expected
+    assert parse_assignments(texts[::-1]) == expected

@@ -52,6 +52,11 @@ class AttentionTap:
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def scale(self) -> float:
+        """The factor that attention applies to `logits` before its softmax."""
+        return float(self._layers[0].scale)  # type: ignore[arg-type]
+
     def logits(self) -> Tensor:
         """The recorded maps, heads of all layers side by side: (N, heads, n, n), n positions row by row."""
         return torch.cat(self._logits, dim=1)

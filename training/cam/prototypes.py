@@ -98,7 +98,12 @@ def prototypes(features: Tensor, seed_maps: Tensor) -> Tensor:
 
 
 def prototype_cams(features: Tensor, class_prototypes: Tensor) -> Tensor:
-    """Positive part of the cosine of every position with every class's prototype.
+    """Positive part of `prototype_cosines`."""
+    return prototype_cosines(features, class_prototypes).relu()
+
+
+def prototype_cosines(features: Tensor, class_prototypes: Tensor) -> Tensor:
+    """Cosine of every position with every class's prototype.
 
     Args:
         features: (N, D, h, w).
@@ -110,7 +115,7 @@ def prototype_cams(features: Tensor, class_prototypes: Tensor) -> Tensor:
     flat = features.flatten(2)
     dots = torch.einsum("ncd,ndp->ncp", class_prototypes, flat)
     lengths = class_prototypes.norm(dim=2)[:, :, None] * flat.norm(dim=1)[:, None]
-    return (dots / lengths.clamp(min=1e-8)).relu().reshape(*dots.shape[:2], *features.shape[-2:])
+    return (dots / lengths.clamp(min=1e-8)).reshape(*dots.shape[:2], *features.shape[-2:])
 
 
 def normalise_by_peak(cams: Tensor) -> Tensor:

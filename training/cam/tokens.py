@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.cam.attention import AttentionTap, attention_layers
+from training.cam.calibration import along_attention, along_correlation, with_prototypes
 from training.cam.head import CamHead, encode
 from training.methods.cam_methods import CamModel
 from training.methods.tag_settings import TokenSettings
@@ -155,6 +158,17 @@ class TokenCams(CamModel):
         return self.probabilities(encoder, image, F.pad(tags == 1, (1, 0), value=True))[:, 1:]
 
     @torch.no_grad()
+    def class_maps(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """Probabilities of the background and of all classes, tagged or not, at the tokens' own resolution.
+
+        The CAM of an image with a single tag says nothing about its background, and among its own classes alone all
+        that is background is alike; see `CamModel.class_maps`.
+        """
+        index = self.head.indices[0]
+        odds = self.head(encode(encoder, image, [index]))[index].float()
+        return F.pad(odds, (0, 0, 0, 0, 1, 0)).softmax(dim=1)
+
+    @torch.no_grad()
     def probabilities(self, encoder: Encoder, image: Tensor, possible: Tensor) -> Tensor:
         """Probabilities among the classes that an image may hold, mean over scales.
 
@@ -166,7 +180,6 @@ class TokenCams(CamModel):
         Returns:
             (N, C, H, W), 0 for impossible classes.
         """
-        index = self.head.indices[0]
         size, stride = image.shape[-2:], encoder.stride
         total = image.new_zeros(len(image), self.classes + 1, *size)
         for scale in self.settings.scales:
@@ -174,10 +187,33 @@ class TokenCams(CamModel):
             view = image
             if tuple(sides) != tuple(size):
                 view = F.interpolate(image, size=sides, mode="bilinear", align_corners=False, antialias=True)
-            odds = self.head(encode(encoder, view, [index]))[index].float()
-            scores = F.pad(odds, (0, 0, 0, 0, 1, 0)).masked_fill(~possible[:, :, None, None], -torch.inf)
-            total += F.interpolate(scores.softmax(dim=1), size=size, mode="bilinear", align_corners=False)
+            total += F.interpolate(
+                self._calibrated(encoder, view, possible), size=size, mode="bilinear", align_corners=False
+            )
         return total / len(self.settings.scales)
+
+    def _calibrated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> Tensor:
+        """Probabilities (N, C, h, w) of one view's positions."""
+        index, calibration = self.head.indices[0], self.settings.calibration
+        tap, indices = None, [index]
+        if calibration is not None and calibration.attention and attention_layers(encoder):
+            # The last blocks' attention: as far as the encoder goes.
+            tap, indices = AttentionTap(encoder), [index, max(encoder.indices)]
+        with tap or nullcontext():
+            maps = encode(encoder, view, indices)
+        normalise, _ = self.head.layers
+        odds = self.head(maps)[index].float()
+        scores = F.pad(odds, (0, 0, 0, 0, 1, 0)).masked_fill(~possible[:, :, None, None], -torch.inf)
+        found = scores.softmax(dim=1)
+        if calibration is None:
+            return found
+        feature = normalise(maps[index]).float()
+        if tap is not None:
+            logits = tap.logits() * tap.scale
+            if logits.shape[-1] == found[0, 0].numel():
+                found = along_attention(found, logits, calibration.attention)
+        found = along_correlation(found, feature, calibration.power, calibration.steps)
+        return with_prototypes(found, feature, calibration.seeds, calibration.fusion)
 
 
 def fit_tokens(

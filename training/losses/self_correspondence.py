@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from wsss_deploy.errors import UsageError
 
 ConsistencyMode = Literal["parity", "repaired"]
+CorrespondenceMode = Literal["parity", "repaired"]
 
 
 def draw_coordinates(count: int, samples: int, like: Tensor) -> Tensor:
@@ -53,6 +54,7 @@ def self_correspondence_loss(
     small_logits: Tensor,
     coordinates: Tensor,
     small_coordinates: Tensor,
+    mode: CorrespondenceMode = "parity",
 ) -> Tensor:
     r"""Pull the similarities of segmentation logits towards those of CAMs.
 
@@ -60,6 +62,10 @@ def self_correspondence_loss(
     with the batch's mean put back; S is the cosine of the logits at the same pairs.
 
     .. math:: L = -\operatorname{mean}(\max(S, 0) \cdot F)
+
+    CAM vectors are nowhere negative, so F seldom is: positions of different classes may stay as alike as they are, and
+    logits that are the same everywhere are at the optimum. Without the batch's mean ("repaired") F sums to 0, and
+    pairs that are less alike than others are pushed apart.
 
     Bounded: usually negative at its optimum, and |L| <= max |F| <= about 2. Pairs lie within one image. A zero CAM
     vector has similarity 0 to everything. Computed in float32 at least.
@@ -71,6 +77,7 @@ def self_correspondence_loss(
         small_logits: Raw logits of the second view (N, C, h2, w2).
         coordinates: Positions in the first view (N, S, S, 2), see `draw_coordinates`.
         small_coordinates: Positions in the second view.
+        mode: "parity" puts the batch's mean back, as released; "repaired" does not.
 
     Returns:
         Scalar, float32 or float64.
@@ -89,7 +96,8 @@ def self_correspondence_loss(
         with torch.no_grad():
             target = _similarities(cams.to(dtype), small_cams.to(dtype), coordinates, small_coordinates)
             # The release: subtract each point's mean, then add what the mean of everything has lost by that.
-            target = target - target.mean(dim=(3, 4), keepdim=True) + target.mean()
+            back = target.mean() if mode == "parity" else 0.0
+            target = target - target.mean(dim=(3, 4), keepdim=True) + back
         found = _similarities(logits.to(dtype), small_logits.to(dtype), coordinates, small_coordinates)
         return -(found.clamp(min=0) * target).mean()
 
@@ -99,20 +107,21 @@ class SelfCorrespondenceLoss(nn.Module):
 
     Args:
         samples: Points a side; the cost is the fourth power of it (40: 10 MB an image and tensor in float32).
+        mode: See the function.
     """
 
-    def __init__(self, samples: int = 40) -> None:
+    def __init__(self, samples: int = 40, mode: CorrespondenceMode = "parity") -> None:
         super().__init__()
-        self.samples = samples
+        self.samples, self.mode = samples, mode
 
     def forward(self, cams: Tensor, small_cams: Tensor, logits: Tensor, small_logits: Tensor) -> Tensor:
         """Scalar loss; arguments as in the function. Draws from torch's generator, the first view first."""
         first, second = (draw_coordinates(len(logits), self.samples, logits) for _ in range(2))
-        return self_correspondence_loss(cams, small_cams, logits, small_logits, first, second)
+        return self_correspondence_loss(cams, small_cams, logits, small_logits, first, second, self.mode)
 
     def extra_repr(self) -> str:
         """The number of points for `print`."""
-        return f"samples={self.samples}"
+        return f"samples={self.samples}, mode={self.mode!r}"
 
 
 def scale_consistency_loss(cams: Tensor, small_cams: Tensor, mode: ConsistencyMode = "repaired") -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from training.methods.base import Batch, Method, MethodContext
 from training.methods.dfr import DFR
@@ -36,6 +36,7 @@ def build_method(
     class_counts: Sequence[int] | None = None,
     encoder: Encoder | None = None,
     decoder: nn.Module | None = None,
+    class_maps: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Method:
     """The method that a recipe asks for.
 
@@ -46,12 +47,14 @@ def build_method(
         class_counts: Labelled pixels per class over the training split; needed for `class_weights: counts`.
         encoder: Of the network; needed by methods whose heads sit on its maps.
         decoder: Of the network; needed by `dfr` with `features: decoder`.
+        class_maps: See `MethodContext`; needed by `tags` and `sfc` with `correspondence_weight`.
 
     Raises:
-        RecipeError: Class weights are asked for without counts, or heads without an encoder.
+        RecipeError: Class weights are asked for without counts, heads without an encoder, or correspondence without a
+            classifier.
     """
     counts = None if class_counts is None else tuple(class_counts)
-    context = MethodContext(num_classes, preprocessing, counts, encoder, decoder)
+    context = MethodContext(num_classes, preprocessing, counts, encoder, decoder, class_maps)
     if isinstance(settings, SupervisedSettings):
         return Supervised(settings, context)
     if isinstance(settings, PartialCESettings):

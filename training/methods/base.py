@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,8 @@ class MethodContext:
         class_counts: Labelled pixels per class over the training split, where counted.
         encoder: Of the network, for methods whose heads must fit its maps.
         decoder: Of the network, for the same.
+        class_maps: What the classifier of a stage before says of images (N, 3, H, W) and tags (N, C): maps
+            (N, any number, any size), for methods that compare positions by it.
     """
 
     num_classes: int
@@ -54,6 +57,7 @@ class MethodContext:
     class_counts: tuple[int, ...] | None = None
     encoder: Encoder | None = None
     decoder: nn.Module | None = None
+    class_maps: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def class_weights(self, rule: ClassWeights) -> Tensor | None:
         """Weights (C,) of the cross-entropy by the recipe's rule; None is equal weights.

@@ -33,6 +33,25 @@ class CamSettings(_Strict):
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.75, 1.25)
 
 
+class CalibrationSettings(_Strict):
+    """Probabilities of positions, mixed with what the encoder says of the same image (`training.cam.calibration`).
+
+    Attributes:
+        attention: Part of the probabilities that comes along the attention of the encoder's last blocks, in place of
+            AFA's learnt affinity; encoders without attention over all positions do without.
+        steps: How often probabilities are averaged along the correlation of features (SFC's M_W); 0 turns it off.
+        power: Of the correlation.
+        fusion: Weight of probabilities by prototypes of the image's own classes (SFC's M_P); 0 turns them off.
+        seeds: Least probability of positions that prototypes are made from.
+    """
+
+    attention: Share = 0.2
+    steps: Annotated[int, Field(ge=0, le=16)] = 2
+    power: Annotated[float, Field(gt=0, le=64)] = 4.0
+    fusion: Weight = 0.7
+    seeds: Share = 0.6
+
+
 class TokenSettings(_Strict):
     """CAMs from linear classifiers on the features of an encoder that stays as it was pretrained (docs/tags.md).
 
@@ -51,6 +70,7 @@ class TokenSettings(_Strict):
             leaves it at the first, whose scores of positions then are odds against the background.
         sure: Least probability of that.
         scales: Factors of the image's size over which probabilities are averaged.
+        calibration: Of these probabilities; null leaves them as they are.
         images: Where labels of pixels are there as well (`PropagationSettings`): whether the classifier of images
             adds its seeds to them. That needs a background and classes that not every image holds.
     """
@@ -66,6 +86,7 @@ class TokenSettings(_Strict):
     rounds: Annotated[int, Field(ge=0, le=10)] = 3
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.7
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 1.5)
+    calibration: CalibrationSettings | None = CalibrationSettings()
     images: bool = False
 
     @model_validator(mode="after")
@@ -202,6 +223,12 @@ class TagsSettings(_Strict):
         correction: Of pseudo-labels by the segmenter's own moving average; null is none.
         crf_weight: Of the Gated CRF loss beside the second stage's cross-entropy; 0 turns it off.
         crf_start: It acts after this fraction of the second stage.
+        correspondence_weight: Of the self correspondence distillation (SCD) in the second stage, whose CAMs are the
+            first stage's; 0 turns it off and saves the small view.
+        correspondence: "parity" puts the mean back after centring, as released, which leaves next to nothing that
+            pushes positions apart; "repaired" does not. See docs/tags.md.
+        samples: Its points a side.
+        small_view: Factor of the small view's size, rounded to the encoder's stride.
         class_weights: Of the second stage: "counts" weighs classes by how rare their pseudo-labels are.
     """
 
@@ -216,6 +243,10 @@ class TagsSettings(_Strict):
     correction: CorrectionSettings | None = None
     crf_weight: Weight = 0.0
     crf_start: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    correspondence_weight: Weight = 0.0
+    correspondence: Literal["parity", "repaired"] = "repaired"
+    samples: Annotated[int, Field(ge=2, le=128)] = 40
+    small_view: Annotated[float, Field(gt=0, lt=1)] = 0.3
     class_weights: Literal["off", "counts"] = "off"
 
 
@@ -237,6 +268,7 @@ class TSCDSettings(_Strict):
         affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
         affinity_radius: Half the window's side in cells of the attention's grid.
         correspondence_weight: Of the self correspondence distillation; 0 turns it off and saves the small view.
+        correspondence: "parity" as released, or "repaired"; `TagsSettings.correspondence`.
         samples: Its points a side.
         small_view: Factor of the small view's size, rounded to the encoder's stride.
         consistency_weight: Of the scale consistency of CAMs; 0 turns it off.
@@ -252,6 +284,7 @@ class TSCDSettings(_Strict):
     affinity_weight: Weight = 0.1
     affinity_radius: Annotated[int, Field(ge=1, le=64)] = 8
     correspondence_weight: Weight = 0.1
+    correspondence: Literal["parity", "repaired"] = "parity"
     samples: Annotated[int, Field(ge=2, le=128)] = 40
     small_view: Annotated[float, Field(gt=0, lt=1)] = 0.3
     consistency_weight: Weight = 0.1

@@ -19,7 +19,7 @@ from training.losses.self_correspondence import SelfCorrespondenceLoss, scale_co
 from training.losses.shared_feature import classification_loss
 from training.methods.base import Batch, Method, MethodContext, start_reached
 from training.methods.label_rule import label_rule
-from training.methods.pseudo_labels import SegmentationRegulariser
+from training.methods.pseudo_labels import SegmentationRegulariser, shrunk_view
 from training.methods.tag_settings import TSCDSettings
 from wsss_deploy.networks import SegmentationNetwork
 from wsss_deploy.networks.encoder import Encoder
@@ -46,7 +46,7 @@ class TSCD(Method):
         cams = settings.cams
         self.head = CamHead(encoder, context.num_classes - 1, cams.depths, cams.pooling)
         self.rule = label_rule(settings.labels)
-        self.correspondence = SelfCorrespondenceLoss(settings.samples)
+        self.correspondence = SelfCorrespondenceLoss(settings.samples, settings.correspondence)
         self.regulariser = SegmentationRegulariser(context)
         self.affinity: AffinityHead | None = None
         if settings.affinity_weight:
@@ -88,9 +88,7 @@ class TSCD(Method):
         if not (settings.correspondence_weight or settings.consistency_weight):
             return terms
         encoder, tags = network.encoder, batch.tags[:, 1:]
-        stride = encoder.stride
-        sides = [max(stride, round(settings.small_view * side / stride) * stride) for side in batch.image.shape[-2:]]
-        image = F.interpolate(batch.image, size=sides, mode="bilinear", align_corners=True)
+        image = shrunk_view(batch.image, settings.small_view, encoder.stride)
         maps = encode(encoder, image, [*encoder.indices, *self.head.indices])
         small_cams = self._cams(encoder, image, tags)
         if settings.correspondence_weight:

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training.cam.attention import AttentionTap
+from training.cam.calibration import along_attention, along_correlation, with_prototypes
+from training.cam.tokens import TokenCams
+from training.methods.tag_settings import CalibrationSettings, TokenSettings
+from wsss_deploy.networks.encoder import Encoder
+
+HEIGHT, WIDTH = 4, 6
+
+
+@pytest.fixture
+def halves():
+    """Features that point two ways, left and right, and probabilities that are wrong at one position."""
+    generator = torch.Generator().manual_seed(0)
+    feature = 0.1 * torch.randn(1, 8, HEIGHT, WIDTH, generator=generator)
+    feature[:, 0, :, :3] += 1
+    feature[:, 0, :, 3:] -= 1
+    feature[:, 1, :, 3:] += 1
+    maps = torch.full((1, 3, HEIGHT, WIDTH), 0.1)
+    maps[:, 0, :, :3], maps[:, 1, :, 3:] = 0.9, 0.9
+    maps[:, 2] = 0
+    maps[0, :, 1, 1] = torch.tensor([0.3, 0.7, 0.0])
+    return maps, feature
+
+
+def parts(maps, feature):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 4, HEIGHT * WIDTH, HEIGHT * WIDTH, generator=generator)
+    return {
+        "attention": along_attention(maps, logits, 0.5),
+        "correlation": along_correlation(maps, feature, 4.0, 2),
+        "prototypes": with_prototypes(maps, feature, 0.5, 1.0),
+    }
+
+
+@pytest.mark.parametrize("part", ["attention", "correlation", "prototypes"])
+def test_probabilities_stay_probabilities(halves, part):
+    maps, feature = halves
+    found = parts(maps, feature)[part]
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(1, HEIGHT, WIDTH))
+    assert (found >= 0).all()
+    assert (found[:, 2] == 0).all(), "what an image cannot hold it does not get"
+
+
+@pytest.mark.parametrize("part", ["attention", "correlation"])
+def test_maps_that_are_the_same_everywhere_stay(halves, part):
+    _, feature = halves
+    even = torch.tensor([0.2, 0.5, 0.3]).view(1, 3, 1, 1).expand(1, 3, HEIGHT, WIDTH)
+    torch.testing.assert_close(parts(even, feature)[part], even)
+
+
+@pytest.mark.parametrize("part", ["correlation", "prototypes"])
+def test_a_position_follows_those_that_look_alike(halves, part):
+    maps, feature = halves
+    assert maps[0, :, 1, 1].argmax() == 1
+    found = parts(maps, feature)[part]
+    assert found[0, :, 1, 1].argmax() == 0
+    assert (found[0, 0, :, :3] > found[0, 1, :, :3]).all()
+    assert (found[0, 1, :, 3:] > found[0, 0, :, 3:]).all()
+
+
+def test_attention_is_symmetric_and_shared():
+    maps = torch.zeros(1, 2, 1, 3)
+    maps[0, 0] = torch.tensor([[1.0, 0.0, 0.0]])
+    maps[0, 1] = 1 - maps[0, 0]
+    logits = torch.full((1, 1, 3, 3), -40.0)
+    logits[0, 0, 0, 1] = logits[0, 0, 1, 1] = logits[0, 0, 2, 2] = 40.0  # the first attends to the second alone
+    found = along_attention(maps, logits, 0.25)
+    # The second takes from the first as the first does from it: one part of three, itself (twice) the rest.
+    torch.testing.assert_close(found[0, 0, 0], torch.tensor([0.75, 0.25 / 3, 0.0]))
+    assert along_attention(maps, logits, 0.0) is maps
+
+
+def test_an_image_in_which_a_class_has_no_sure_position_is_left(halves):
+    maps, feature = halves
+    maps = torch.cat([maps, maps])
+    maps[1, 1] *= 0.5
+    maps[1, 0] = 1 - maps[1, 1]
+    found = with_prototypes(maps, feature.expand(2, -1, -1, -1), 0.5, 1.0)
+    assert not torch.equal(found[0], maps[0])
+    torch.testing.assert_close(found[1], maps[1])
+    assert with_prototypes(maps, feature.expand(2, -1, -1, -1), 0.95, 1.0) is maps, "no prototype at all"
+
+
+def test_the_scale_of_recorded_attention():
+    torch.manual_seed(0)
+    encoder = Encoder("test_vit").eval()
+    layer = next(module for module in encoder.model.modules() if hasattr(module, "qkv"))
+    assert AttentionTap(encoder).scale == pytest.approx(layer.head_dim**-0.5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "pvt_v2_b0"])
+def test_calibrated_cams_of_any_encoder(name):
+    torch.manual_seed(0)
+    encoder = Encoder(name).eval()
+    image, tags = torch.randn(2, 3, 64, 96), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    found = []
+    for calibration in (None, CalibrationSettings(), CalibrationSettings(attention=0.0, steps=0, fusion=0.0)):
+        settings = TokenSettings(depth=0.75, scales=(1.0, 1.5), calibration=calibration)
+        model = TokenCams(settings, encoder, 4)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            model.head.layers[1].weight.normal_()
+        found.append(model.cams(encoder, image, tags))
+    plain, calibrated, off = found
+    torch.testing.assert_close(plain, off)
+    assert not torch.allclose(plain, calibrated)
+    assert (calibrated[:, 1] == 0).all()
+    assert (calibrated[1] == 0).all()
+    assert calibrated.min() >= 0
+    assert calibrated.sum(dim=1).max() <= 1 + 1e-4
