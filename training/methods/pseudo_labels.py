@@ -18,7 +18,7 @@ _KERNEL, _RADIUS = Kernel(1.0, {"xy": 6.0, "rgb": 0.4}), 5
 
 
 class PseudoLabels(Method):
-    """Cross-entropy where a pseudo-label is sure; with a weight the Gated CRF loss and self correspondence distillation.
+    """Cross-entropy where a pseudo-label is sure; with a weight also the Gated CRF loss, self correspondence.
 
     Args:
         settings: From the recipe.
@@ -42,7 +42,7 @@ class PseudoLabels(Method):
             )
 
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The terms `pseudo_ce` and, those that have a weight, `gated_crf` and `correspondence`; see `Method.forward`."""
+        """The term `pseudo_ce`, and with a weight `gated_crf` and `correspondence`; see `Method.forward`."""
         logits = network(batch.image)
         terms = {"pseudo_ce": self.cross_entropy(logits, self._labels(batch, progress))}
         if self.settings.crf_weight and start_reached(progress, self.settings.crf_start):

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from training.cam.attention import AffinityHead, AttentionTap, count_heads
 from training.cam.head import CamHead, encode
