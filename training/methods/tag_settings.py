@@ -21,15 +21,15 @@ class CamSettings(_Strict):
 
     Attributes:
         depths: Fractions of the encoder's depth that get a classifier; they are trained together.
-        depth: The one whose maps are the CAM. The last block of a ViT has smoothed its tokens too much for that.
+        depth: The one whose maps are the CAM.
         pooling: Fraction of a map's cells whose mean is the image's score: 1 average, 0 maximum.
         scales: Factors of the image's size over which CAMs are summed, each with its mirror.
     """
 
     kind: Literal["classifier"] = "classifier"
-    depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (0.75, 10 / 12, 11 / 12, 1.0)
-    depth: Depth = 10 / 12
-    pooling: Share = 1.0
+    depths: Annotated[tuple[Depth, ...], Field(min_length=1)] = (1.0,)
+    depth: Depth = 1.0
+    pooling: Share = 0.1
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.75, 1.25)
 
 
@@ -215,7 +215,8 @@ class TagsSettings(_Strict):
         labels: How CAMs become labels.
         cam_iterations: Optimiser steps of the first stage; `optimisation.iterations` are the second's. This and the
             next three are of encoders that learn; `cams` of kind "tokens" has its own.
-        cam_learning_rate: The first stage's peak rate of the encoder.
+        cam_learning_rate: The first stage's peak rate of the encoder. A pretrained ViT's last block spreads what it
+            learns over all positions at a rate that is good for segmentation; docs/results.md.
         cam_head_factor: The first stage's classifiers have this many times the encoder's rate.
         cam_frozen: Part of the encoder's layers, from the image on, that the first stage leaves as they are: general
             features gain little from tags, and a third of them saves a fifth of the time.
@@ -236,8 +237,8 @@ class TagsSettings(_Strict):
     cams: CamKind = TokenSettings()
     labels: LabelSettings = LabelSettings()
     cam_iterations: Annotated[int, Field(ge=1)] = 400
-    cam_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    cam_head_factor: Annotated[float, Field(gt=0)] = 30.0
+    cam_learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    cam_head_factor: Annotated[float, Field(gt=0)] = 100.0
     cam_frozen: Share = 1 / 3
     cam_long_side: Annotated[int, Field(ge=32, le=4096)] | None = None
     correction: CorrectionSettings | None = None
@@ -277,7 +278,7 @@ class TSCDSettings(_Strict):
     """
 
     name: Literal["tscd"] = "tscd"
-    cams: CamSettings = CamSettings(depths=(1.0,), depth=1.0, pooling=0.0, scales=(1.0, 0.5, 1.5))
+    cams: CamSettings = CamSettings(scales=(1.0, 0.5, 1.5))
     labels: LabelSettings = LabelSettings()
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1
     segmentation_weight: Weight = 0.1
