@@ -38,6 +38,7 @@ class Row:
     stage_of: str = ""
 
 
+_ONE = "cams.scales=[1.0]"
 _LEARNING = ("cams.kind=classifier",)
 # A run that takes over a classifier starts from that run's recipe, so what differs from it is named.
 _FIRST = "tokens-plain"
@@ -48,10 +49,12 @@ ROWS = (
     Row("plain", "tags", (*_LEARNING, "labels.refiner=off")),
     Row("par", "tags", (*_LEARNING, "labels.refiner=par"), "plain"),
     Row("varm", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
-    Row("single", "tscd", ("affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
-    Row("affinity", "tscd", ("correspondence_weight=0", "consistency_weight=0")),
-    Row("scd", "tscd", ("consistency_weight=0",)),
-    Row("tscd", "tscd"),
+    # In a single stage; CAMs at one scale and its mirror, since they are taken in every step.
+    Row("single", "tscd", (_ONE, "affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
+    Row("affinity", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0")),
+    Row("scd", "tscd", (_ONE, "consistency_weight=0")),
+    Row("scd-repaired", "tscd", (_ONE, "consistency_weight=0", "correspondence=repaired")),
+    Row("tscd", "tscd", (_ONE,)),
     Row("sfc-plain", "sfc", ("cams.bank_draws=0", "cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
     Row("sfc-bank", "sfc", ("cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
     Row("sfc-prototype", "sfc", ("cams.scale_weight=0",)),

@@ -342,7 +342,11 @@ def default_recipe(
             chosen |= {"cams": {"kind": "classifier"}, "cam_learning_rate": 1e-4, "cam_head_factor": 30.0}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
-    return {"supervision": supervision, "method": chosen, "optimisation": {"iterations": iterations}}
+    optimisation: dict[str, Any] = {"iterations": iterations}
+    if method == "tscd" and pretrained:
+        # CAMs are taken from the encoder while it learns; `TagsSettings.cam_learning_rate`.
+        optimisation |= {"learning_rate": 2e-5, "decoder_factor": 50.0}
+    return {"supervision": supervision, "method": chosen, "optimisation": optimisation}
 
 
 def dump_recipe(recipe: Recipe) -> str:
