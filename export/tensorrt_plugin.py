@@ -22,7 +22,7 @@ from typing import Any
 from export.onnx_functions import AFFINITY, DOMAIN, STEP
 from wsss_deploy.errors import ExportError
 from wsss_deploy.pairwise import PairwiseParameters
-from wsss_deploy.pairwise.cuda_form import BLOCK
+from wsss_deploy.pairwise.cuda_launch import BLOCK
 from wsss_deploy.pairwise.cuda_source import ptx
 
 #: Attribute of both nodes: the operator's parameters as JSON.

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters
-from wsss_deploy.pairwise.cuda_form import BLOCK
+from wsss_deploy.pairwise.cuda_launch import BLOCK
 
 STUBS = {
     "nvinfer": "void* createInferBuilder_INTERNAL(void* a, int v) {return 0;}\n"

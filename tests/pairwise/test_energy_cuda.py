@@ -6,12 +6,23 @@ import ctypes
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from wsss_deploy.pairwise import EnergyParameters, EnergyTerm, energy_reference
+from wsss_deploy.errors import BackendError, UsageError
+from wsss_deploy.pairwise import (
+    EnergyParameters,
+    EnergyTerm,
+    energy,
+    energy_api,
+    energy_cuda_form,
+    energy_form,
+    energy_ops,
+    energy_reference,
+)
 from wsss_deploy.pairwise.cuda_source import compile_program
 from wsss_deploy.pairwise.energy_cuda_source import ENERGY_KERNELS, energy_source
 
@@ -82,3 +93,91 @@ def test_its_arithmetic_run_on_the_cpu_equals_the_reference(matrix, tmp_path):
     torch.testing.assert_close(sums, towards)
     torch.testing.assert_close(gradients[:, 3:], grads[1])
     assert not gradients[:, :3].any()
+
+
+MATRICES = {"potts": None, "symmetric": [[0, 1, 2], [1, 0, 3], [2, 3, 0]], "any": [[0, 1, 2], [3, 0, 1], [1, 1, 0]]}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("one_way", [False, True])
+def test_launches_give_the_reference(matrix, one_way, driver):
+    m = None if MATRICES[matrix] is None else torch.tensor(MATRICES[matrix], dtype=torch.float64)
+    parameters = PARAMETERS.model_copy(update={"one_way": one_way})
+    generator = torch.Generator().manual_seed(0)
+    p, rgb, deep, s, d = (
+        torch.rand(2, count, 7, 11, generator=generator, dtype=torch.float64) for count in (3, 3, 5, 1, 1)
+    )
+    p, found = p.softmax(dim=1), []
+    for form in ("torch", "cuda"):
+        given = [leaf.clone().requires_grad_() for leaf in (p, deep)]
+        value, _, _ = energy_ops.pairwise_energy(
+            given[0], s, d, m, [given[1], rgb], [1, 0, -1], [False, True, False], parameters.to_json(), form, 1
+        )
+        value.backward()
+        found.append((value.detach(), given[0].grad, given[1].grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert [name for name, *_ in driver.launches] == ["run_energy", "run_energy_features"]
+    for _, blocks, threads, stream in driver.launches:
+        assert (blocks - 1) * threads < 2 * 7 * 11 <= blocks * threads
+        assert stream == 7
+
+
+def test_launches_in_single_precision_without_features(driver):
+    p = torch.rand(1, 4, 6, 9).softmax(dim=1)
+    ones, parameters = torch.ones(1, 1, 6, 9), EnergyParameters(radius=2, terms=(EnergyTerm(weight=1.0),))
+    values = [
+        energy_ops.pairwise_energy(p, ones, ones, None, [], [-1], [False], parameters.to_json(), form, 1)[:2]
+        for form in ("torch", "cuda")
+    ]
+    for one, other in zip(*values, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_that_compute_something_else_are_not_offered(driver, monkeypatch):
+    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    assert energy_cuda_form.check(0) is None
+    energy_cuda_form.check.cache_clear()
+    launch = energy_cuda_form.launch
+    monkeypatch.setattr(
+        energy_cuda_form, "launch", lambda *given: (launch(*given), [out.add_(0.01) for out in given[-1]])
+    )
+    assert "differs" in energy_cuda_form.check(0)
+    energy_cuda_form.check.cache_clear()
+    driver.refuse = 700
+    assert "refuses" in energy_cuda_form.check(0)
+
+
+def test_the_choice_on_a_cuda_device(monkeypatch):
+    p = torch.rand(1, 2, 5, 4)
+    with pytest.raises(UsageError, match="move or convert"):
+        energy_form(p, 5, "cuda")
+
+    def on_a_device(dtype=torch.float32):
+        return SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0), shape=p.shape)
+
+    if not torch.cuda.is_available():
+        assert energy_form(on_a_device(), 5).name == "torch"
+        with pytest.raises(BackendError, match="of the energy"):
+            energy_form(on_a_device(), 5, "cuda")
+    monkeypatch.setattr(energy_api, "cuda_obstacle", lambda device, check: None)
+    assert energy_form(on_a_device(), 50).name == "cuda", "any radius"
+    assert energy_form(on_a_device(torch.float16), 5).name == "torch"
+    with pytest.raises(UsageError, match="float16"):
+        energy_form(on_a_device(torch.float16), 5, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu(dtype):
+    p, rgb, deep, s, d = (torch.rand(2, count, 41, 67, device="cuda", dtype=dtype) for count in (21, 3, 5, 1, 1))
+    assert energy_form(p, 3).name == "cuda"
+    p, found = p.softmax(dim=1), []
+    for form in ("torch", "cuda"):
+        given = [leaf.clone().requires_grad_() for leaf in (p, deep)]
+        value = energy(given[0], [rgb, given[1], None], PARAMETERS, source=s, destination=d, form=form)
+        value.backward()
+        found.append((value.detach(), given[0].grad, given[1].grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

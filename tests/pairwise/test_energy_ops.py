@@ -163,8 +163,6 @@ def test_the_choice_can_be_asked_for(compiled, monkeypatch):
     assert "instruction set" in energy_form(p, 5).reason
     assert energy_form(p.half(), 5).name == "torch"
     assert "on meta" in energy_form(p.to("meta"), 5).reason
-    with pytest.raises(UsageError, match="no form 'cuda'"):
-        energy_form(p, 5, "cuda")
     assert energy_form(p, 33).name == "torch"
     assert "33 pixels" in energy_form(p, 33).reason
     assert energy_form(p[:, :, :30], 99).name == "cpu"  # a window is never larger than the image

@@ -1,30 +1,27 @@
 """The CUDA form: the compiled program's kernels, launched through the driver API on torch's current stream.
 
-One launch for the affinity and one a step, no workspace, nothing is synchronised: after a first call with the same
-parameters it can be captured in a CUDA graph. Arrays are float32 or float16, sums float32. Before it is offered, the
-form has to reproduce the torch form on this very device (`check`).
+One launch for the affinity and one a step, no workspace; `cuda_launch` says how. Arrays are float32 or float16, sums
+float32. Before it is offered, the form has to reproduce the torch form on this very device (`check`).
 
 **Not run yet on a GPU**; see docs/pairwise.md for what has been tested without one.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from wsss_deploy.errors import BackendError
 from wsss_deploy.pairwise import cuda_source
+from wsss_deploy.pairwise.cuda_launch import launch
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 128
 STORAGE = {"float32": "float", "float16": "__half"}
-#: PTX for this runs on everything newer; an older device gets its own.
-ARCHITECTURE = 80
 
 
 def affinity(parameters: PairwiseParameters, guide: torch.Tensor, weights: torch.Tensor) -> None:
@@ -92,6 +89,17 @@ def check(device: int) -> str | None:
     return None if difference < 1e-4 else f"its result differs from torch's by {difference:.1e} on this device"
 
 
+@dataclass(frozen=True)
+class _Program:
+    """`pairwise.cu` with its parameters compiled in."""
+
+    parameters: PairwiseParameters
+    storage: str
+
+    def ptx(self, architecture: str) -> bytes:
+        return cuda_source.ptx(self.parameters, self.storage, architecture)
+
+
 def _launch(
     parameters: PairwiseParameters,
     kernel: str,
@@ -99,76 +107,6 @@ def _launch(
     sized: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Launch a kernel on the current stream of the tensors' device: one thread a pixel.
-
-    Args:
-        parameters: What the program was compiled for.
-        kernel: A name of `cuda_source.KERNELS`.
-        inputs: Its inputs, in the kernel's order.
-        sized: Whose shape is given to it.
-        out: Its output.
-    """
-    import torch
-
-    for tensor in (*inputs, out):
-        assert tensor.is_contiguous()
-        assert (tensor.dtype, tensor.device) == (out.dtype, out.device)
-    if out.numel() == 0:
-        return
-    count, channels, height, width = sized.shape
-    device = out.device.index or 0
-    values = [item.data_ptr() for item in inputs] + [count, channels, height, width, out.data_ptr()]
-    types = [ctypes.c_void_p] * len(inputs) + [ctypes.c_int] * 4 + [ctypes.c_void_p]
-    blocks = -(-count * height * width // BLOCK)
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    driver = _driver()
-    # A thread of the caller's may have no current context yet; torch itself uses the device's primary one.
-    _checked(driver.cuCtxPushCurrent(_context(device)))
-    try:
-        function = _function(parameters, STORAGE[str(out.dtype).removeprefix("torch.")], device, kernel)
-        given = (tuple(values), tuple(types))
-        _checked(driver.cuLaunchKernel(function, blocks, 1, 1, BLOCK, 1, 1, 0, stream, given, 0))
-    finally:
-        driver.cuCtxPopCurrent()
-
-
-@functools.cache
-def _context(device: int) -> Any:
-    """The device's primary context, kept for good."""
-    driver = _driver()
-    _checked(driver.cuInit(0))
-    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
-
-
-@functools.lru_cache(maxsize=64)
-def _function(parameters: PairwiseParameters, storage: str, device: int, kernel: str) -> Any:
-    return _checked(_driver().cuModuleGetFunction(_module(parameters, storage, device), kernel.encode()))
-
-
-# Without a limit: a module that fell out of it would stay loaded all the same.
-@functools.cache
-def _module(parameters: PairwiseParameters, storage: str, device: int) -> Any:
-    """The program, loaded into the current context, which is the device's."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(device)
-    code = cuda_source.ptx(parameters, storage, f"compute_{min(10 * major + minor, ARCHITECTURE)}")
-    return _checked(_driver().cuModuleLoadData(code + b"\0"))
-
-
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise BackendError(f"the CUDA form needs cuda-bindings ({error}); pip install 'cuda-bindings[all]'") from error
-    return driver
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    status, *values = answer
-    if int(status) != 0:
-        name = getattr(status, "name", status)
-        raise BackendError(
-            f"the CUDA driver refuses the pairwise kernels ({name}); use form 'torch', or update the driver"
-        )
-    return values[0] if values else None
+    """Launch a kernel of `cuda_source.KERNELS`; `sized` is what its four sizes are of."""
+    program = _Program(parameters, STORAGE[str(out.dtype).removeprefix("torch.")])
+    launch(program, kernel, inputs, tuple(sized.shape), [out])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from wsss_deploy.errors import UsageError
+from wsss_deploy.errors import BackendError, UsageError
+from wsss_deploy.pairwise import energy_cuda_form
 from wsss_deploy.pairwise.energy_parameters import EnergyParameters
-from wsss_deploy.pairwise.forms import Form, choose
+from wsss_deploy.pairwise.forms import Form, choose, cuda_obstacle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def energy(
         source: s (N, 1, H, W), which pixels send influence; None is everywhere.
         destination: d (N, 1, H, W), which pixels receive it; None is everywhere.
         compatibility: M (C, C) in place of Potts: a pair's energy is p_i^T M p_j.
-        form: "auto", or "cpu" or "torch" to force it.
+        form: "auto", or "cpu", "cuda" or "torch" to force it.
         threads: CPU threads of the compiled form, None takes torch's; any number gives the same bits.
 
     Returns:
@@ -85,13 +86,9 @@ def energy_form(probabilities: Tensor, radius: int, form: str = "auto") -> Form:
         BackendError: A form asked for by name is not available.
     """
     kind, device = str(probabilities.dtype).removeprefix("torch."), probabilities.device.type
-    if form == "cuda":
-        raise UsageError("the energy has no form 'cuda' yet; use 'torch' or 'auto', which run on any device")
-    if form == "auto" and device != "cpu":
-        return Form("torch", True, f"the tensors are on {device}, the energy's compiled kernels work on the CPU")
+    if form == "cuda" or (form == "auto" and device == "cuda"):
+        return _cuda_form(str(probabilities.device), kind, named=form == "cuda")
     chosen = choose(form, is_torch=True, device=device, dtype=kind)
-    if chosen.name == "cuda":
-        return Form("torch", True, "the energy's kernels are not launched on CUDA devices yet")
     reach = min(radius, max(probabilities.shape[-2:]) - 1)
     if chosen.name != "cpu" or reach <= COMPILED_REACH:
         return chosen
@@ -99,6 +96,20 @@ def energy_form(probabilities: Tensor, radius: int, form: str = "auto") -> Form:
     if form == "cpu":
         raise UsageError(f"form 'cpu' was asked for, but {reason}; use a smaller radius or form 'auto'")
     return Form("torch", True, reason)
+
+
+def _cuda_form(device: str, kind: str, *, named: bool) -> Form:
+    if kind not in energy_cuda_form.REALS or device.partition(":")[0] != "cuda":
+        reason = f"the probabilities are {kind} on {device}, these kernels take float32 and float64 on 'cuda'"
+        if named:
+            raise UsageError(f"form 'cuda' was asked for, but {reason}; move or convert them, or use form 'auto'")
+        return Form("torch", True, reason)
+    obstacle = cuda_obstacle(device, energy_cuda_form.check)
+    if obstacle is None:
+        return Form("cuda", True, "kernels by NVRTC, which equal plain torch on this device")
+    if named:
+        raise BackendError(f"form 'cuda' of the energy was asked for: {obstacle}")
+    return Form("torch", True, obstacle)
 
 
 def _check(

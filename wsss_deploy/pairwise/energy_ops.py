@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsss_deploy.pairwise import energy_reference, native
+from wsss_deploy.pairwise import energy_cuda_form, energy_reference, native
 from wsss_deploy.pairwise.energy_parameters import EnergyParameters
 
 
@@ -47,7 +47,7 @@ def pairwise_energy(
         feature_of_term: Per term its map's number in `features`, each map for one term only; -1 is none.
         wanted: Per term, whether the gradient of its map is computed. (Never empty, as torch asks of such lists.)
         parameters: JSON of `EnergyParameters`.
-        form: "cpu" or "torch".
+        form: "cpu", "cuda" or "torch".
         threads: Of the compiled form.
 
     Returns:
@@ -55,7 +55,7 @@ def pairwise_energy(
         is differentiable.
     """
     settings = parse(parameters)
-    if form != "cpu":
+    if form not in ("cpu", "cuda"):
         of_term = [None if index < 0 else features[index] for index in feature_of_term]
         gates = source, destination
         value, towards, grads = energy_reference.energy(probabilities, *gates, matrix, of_term, settings, wanted)
@@ -67,17 +67,23 @@ def pairwise_energy(
     p, s, d = (tensor.detach().contiguous() for tensor in (probabilities, source, destination))
     maps = [f.detach().contiguous() for f in features]
     grads_out = _gradients(maps, feature_of_term, wanted)
-    kernel = (settings, maps, grads_out, feature_of_term, wanted, threads)
+    kernel = (settings, maps, grads_out, feature_of_term, wanted)
+
+    def swept(left: Tensor, right: Tensor, gates: tuple[Tensor, Tensor] | None, sums: Tensor, potts: bool) -> Tensor:
+        if form == "cuda":
+            return energy_cuda_form.energy(left, right, gates, sums, potts, *kernel).to(p.dtype)
+        return p.new_tensor(native.energy(left, right, gates, sums, potts, *kernel, threads))
+
     if matrix is None and not settings.one_way:
         # No channel of ones and no negated copy: the kernels know this energy.
         towards = torch.empty_like(p)
-        total = native.energy(p, p, (s, d), towards, True, *kernel)
+        total = swept(p, p, (s, d), towards, True)
     else:
         pair = energy_reference.sides(p, s, d, None if matrix is None else matrix.detach(), settings.one_way)
         sums = torch.empty_like(pair.left)
-        total = native.energy(pair.left.contiguous(), pair.right.contiguous(), pair.gates, sums, False, *kernel)
+        total = swept(pair.left.contiguous(), pair.right.contiguous(), pair.gates, sums, False)
         towards = pair.gradient(sums, s, d, p.shape[1], settings.one_way)
-    return probabilities.new_tensor(total), towards, grads_out
+    return total, towards, grads_out
 
 
 @pairwise_energy.register_fake

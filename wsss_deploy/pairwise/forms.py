@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -91,6 +92,18 @@ def _form(name: str, device: str) -> Form:
 
 def _cuda_obstacle(device: str) -> str | None:
     """Why the CUDA form cannot run on a device; None if it can."""
+    from wsss_deploy.pairwise import cuda_form
+
+    return cuda_obstacle(device, cuda_form.check)
+
+
+def cuda_obstacle(device: str, check: Callable[[int], str | None]) -> str | None:
+    """Why kernels cannot run on a CUDA device; None if they can.
+
+    Args:
+        device: With or without its number.
+        check: What the kernels themselves have against a device's number.
+    """
     for module, package in (("torch", "torch"), ("cuda", "cuda-bindings[all]")):
         if find_spec(module) is None:
             return f"{package.partition('[')[0]} is not installed; pip install '{package}'"
@@ -98,6 +111,4 @@ def _cuda_obstacle(device: str) -> str | None:
 
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    from wsss_deploy.pairwise import cuda_form
-
-    return cuda_form.check(int(device.partition(":")[2] or torch.cuda.current_device()))
+    return check(int(device.partition(":")[2] or torch.cuda.current_device()))

@@ -1,0 +1,109 @@
+"""Compiled programs launched through the driver API (cuda-bindings) on torch's current stream.
+
+Nothing is synchronised: after a first call with the same program a launch can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wsss_deploy.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128
+#: PTX for this runs on everything newer; an older device gets its own.
+ARCHITECTURE = 80
+
+
+class Program(Hashable, Protocol):
+    """What can be compiled; equal programs are loaded once a device."""
+
+    def ptx(self, architecture: str) -> bytes:
+        """The code for an architecture such as "compute_80"."""
+
+
+def launch(
+    program: Program, kernel: str, inputs: Sequence[torch.Tensor], sizes: Sequence[int], outputs: Sequence[torch.Tensor]
+) -> None:
+    """Launch a kernel on the current stream of the tensors' device: one thread a pixel.
+
+    Args:
+        program: Holds the kernel.
+        kernel: Its name.
+        inputs: Its first arguments; contiguous, on one CUDA device and of one type, like the outputs.
+        sizes: Its int32 arguments after them: batch, any others, height, width.
+        outputs: Its last arguments.
+
+    Raises:
+        BackendError: cuda-bindings or NVRTC are missing, the program does not compile, or the driver refuses it.
+    """
+    import torch
+
+    first = outputs[0]
+    for tensor in (*inputs, *outputs):
+        assert tensor.is_contiguous()
+        assert (tensor.dtype, tensor.device) == (first.dtype, first.device)
+    if first.numel() == 0:
+        return
+    device = first.device.index or 0
+    values = [item.data_ptr() for item in inputs] + [*sizes] + [item.data_ptr() for item in outputs]
+    types: list[Any] = [ctypes.c_void_p] * len(inputs) + [ctypes.c_int] * len(sizes)
+    types += [ctypes.c_void_p] * len(outputs)
+    blocks = -(-sizes[0] * sizes[-2] * sizes[-1] // BLOCK)
+    stream = torch.cuda.current_stream(first.device).cuda_stream
+    driver = _driver()
+    # A thread of the caller's may have no current context yet; torch itself uses the device's primary one.
+    _checked(driver.cuCtxPushCurrent(_context(device)))
+    try:
+        function = _function(program, device, kernel)
+        given = (tuple(values), tuple(types))
+        _checked(driver.cuLaunchKernel(function, blocks, 1, 1, BLOCK, 1, 1, 0, stream, given, 0))
+    finally:
+        driver.cuCtxPopCurrent()
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """The device's primary context, kept for good."""
+    driver = _driver()
+    _checked(driver.cuInit(0))
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+
+
+@functools.lru_cache(maxsize=64)
+def _function(program: Program, device: int, kernel: str) -> Any:
+    return _checked(_driver().cuModuleGetFunction(_module(program, device), kernel.encode()))
+
+
+# Without a limit: a module that fell out of it would stay loaded all the same.
+@functools.cache
+def _module(program: Program, device: int) -> Any:
+    """The program, loaded into the current context, which is the device's."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code = program.ptx(f"compute_{min(10 * major + minor, ARCHITECTURE)}")
+    return _checked(_driver().cuModuleLoadData(code + b"\0"))
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise BackendError(f"the CUDA form needs cuda-bindings ({error}); pip install 'cuda-bindings[all]'") from error
+    return driver
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    status, *values = answer
+    if int(status) != 0:
+        name = getattr(status, "name", status)
+        raise BackendError(
+            f"the CUDA driver refuses the pairwise kernels ({name}); use form 'torch', or update the driver"
+        )
+    return values[0] if values else None

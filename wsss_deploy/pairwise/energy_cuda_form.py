@@ -1,0 +1,120 @@
+"""The pair energy's CUDA form: value and gradients by one kernel, features' gradients by a second where wanted.
+
+`cuda_launch` says how kernels are launched. Arrays are float32 or float64; pixels' parts of the energy are added up in
+float64. Before it is offered, the form has to reproduce the torch form on this very device (`check`).
+
+**Not run yet on a GPU**; see docs/pairwise.md for what has been tested without one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from wsss_deploy.errors import BackendError
+from wsss_deploy.pairwise import cuda_source
+from wsss_deploy.pairwise.cuda_launch import launch
+from wsss_deploy.pairwise.energy_cuda_source import ENERGY_KERNELS, energy_source
+from wsss_deploy.pairwise.energy_parameters import EnergyParameters, EnergyTerm
+
+if TYPE_CHECKING:
+    import torch
+
+Real = Literal["float", "double"]
+REALS: dict[str, Real] = {"float32": "float", "float64": "double"}
+
+
+@dataclass(frozen=True)
+class _Program:
+    """`energy.cu` for given parameters and numbers of channels."""
+
+    parameters: EnergyParameters
+    classes: int
+    channels: tuple[int, ...]
+    wanted: tuple[bool, ...]
+    potts: bool
+    real: Real
+
+    def ptx(self, architecture: str) -> bytes:
+        text = energy_source(
+            self.parameters, self.classes, self.channels, wanted=self.wanted, potts=self.potts, real=self.real
+        )
+        return cuda_source.compile_program(text, "energy.cu", architecture)
+
+
+def energy(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    gates: tuple[torch.Tensor, torch.Tensor] | None,
+    sums: torch.Tensor,
+    potts: bool,
+    parameters: EnergyParameters,
+    features: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    feature_of_term: Sequence[int],
+    wanted: Sequence[bool],
+) -> torch.Tensor:
+    """Write neighbour sums and the wanted features' gradients; see `native.energy`, whose arguments these are.
+
+    Returns:
+        The energy, a float64 scalar on the device.
+
+    Raises:
+        BackendError: See `cuda_launch.launch`.
+    """
+    import torch
+
+    batch, classes, height, width = right.shape
+    channels = tuple(0 if index < 0 else features[index].shape[1] for index in feature_of_term)
+    maps = [features[index] for index in feature_of_term if index >= 0]
+    # A program without features takes the address of something.
+    stacked = torch.cat(maps, dim=1) if maps else right.new_empty(batch, 1, 1, 1)
+    if gates is None:
+        # A pair's gate is d_i s_j + d_j s_i, which has to be 1.
+        ones = torch.ones_like(right[:, :1])
+        gates = ones, ones / 2
+    source, destination = (gate.contiguous() for gate in gates)
+    program = _Program(
+        parameters, classes, channels, tuple(bool(want) for want in wanted), potts, REALS[str(right.dtype)[6:]]
+    )
+    inputs, sizes = [left, right, source, destination, stacked], (batch, height, width)
+    values = torch.empty_like(source)
+    launch(program, ENERGY_KERNELS[0], inputs, sizes, [sums, values])
+    if any(wanted):
+        towards = torch.empty_like(stacked)
+        launch(program, ENERGY_KERNELS[1], inputs, sizes, [towards])
+        first = 0
+        for index, count, want in zip(feature_of_term, channels, wanted, strict=True):
+            if want:
+                gradients[index].copy_(towards[:, first : first + count])
+            first += count
+    return values.double().sum()
+
+
+@functools.cache
+def check(device: int) -> str | None:
+    """Why the form cannot be used on a CUDA device, or None if it can: it then equals the torch form there.
+
+    Args:
+        device: Number of the device.
+    """
+    import torch
+
+    from wsss_deploy.pairwise import energy_reference
+
+    parameters = EnergyParameters(radius=2, terms=(EnergyTerm(weight=0.9, xy_sigma=3.0), EnergyTerm(weight=0.1)))
+    try:
+        generator = torch.Generator().manual_seed(0)
+        place = torch.device("cuda", device)
+        p, rgb, deep, s, d = (torch.rand(2, count, 9, 37, generator=generator).to(place) for count in (5, 3, 4, 1, 1))
+        wanted = (False, True)
+        sums, grads = torch.empty_like(p), [torch.empty_like(rgb), torch.empty_like(deep)]
+        value = energy(p, p, (s, d), sums, True, parameters, [rgb, deep], grads, [0, 1], wanted)
+        expected = energy_reference.energy(p, s, d, None, [rgb, deep], parameters, wanted)
+        pairs = [(sums, expected[1]), (grads[1], expected[2][1]), (value / p.numel(), expected[0] / p.numel())]
+        difference = max(float((one - other).abs().max()) for one, other in pairs if other is not None)
+    except (BackendError, RuntimeError) as error:
+        return str(error).partition("\n")[0]
+    return None if difference < 1e-3 else f"its result differs from torch's by {difference:.1e} on this device"
