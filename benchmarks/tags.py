@@ -43,12 +43,14 @@ _LEARNING = ("cams.kind=classifier",)
 # A run that takes over a classifier starts from that run's recipe, so what differs from it is named.
 _FIRST = "tokens-plain"
 _VARM = ("labels.refiner=varm",)
+_RGB = "labels.guide=rgb"
 _CALIBRATED = (*_VARM, "cams.calibration={}")
 ROWS = (
     # Classifiers that learn together with the encoder, as published methods have it.
     Row("plain", "tags", (*_LEARNING, "labels.refiner=off")),
-    Row("par", "tags", (*_LEARNING, "labels.refiner=par"), "plain"),
-    Row("varm", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
+    Row("par", "tags", (*_LEARNING, "labels.refiner=par", _RGB), "plain"),
+    Row("varm", "tags", (*_LEARNING, "labels.refiner=varm", _RGB), "plain"),
+    Row("opponent", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
     # In a single stage; CAMs at one scale and its mirror, since they are taken in every step.
     Row("single", "tscd", (_ONE, "affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
     Row("affinity", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0")),
@@ -61,12 +63,14 @@ ROWS = (
     Row("sfc-even", "sfc", ("cams.coefficients=false",)),
     Row("sfc", "sfc"),
     # Linear classifiers on the tokens of a frozen encoder: of images alone, then of positions; refined by nothing, PAR
-    # or VARM; along attention, then along the correlation of features and with prototypes as well (the default); with
-    # self correspondence distillation of the segmenter. What a row takes over from another is its classifier alone.
+    # or VARM, these on colours as they are or on opponent colours; along attention, then along the correlation of
+    # features and with prototypes as well (the default); with self correspondence distillation of the segmenter. What
+    # a row takes over from another is its classifier alone.
     Row("tokens-images", "tags", ("cams.rounds=0", "cams.calibration=null", "labels.refiner=off")),
     Row("tokens-plain", "tags", ("cams.calibration=null", "labels.refiner=off")),
-    Row("tokens-par", "tags", ("cams.calibration=null", "labels.refiner=par"), "tokens-plain"),
-    Row("tokens-varm", "tags", ("cams.calibration=null", *_VARM), "tokens-plain"),
+    Row("tokens-par", "tags", ("cams.calibration=null", "labels.refiner=par", _RGB), "tokens-plain"),
+    Row("tokens-varm", "tags", ("cams.calibration=null", *_VARM, _RGB), "tokens-plain"),
+    Row("tokens-opponent", "tags", ("cams.calibration=null", *_VARM), "tokens-plain"),
     Row("tokens-affinity", "tags", (*_CALIBRATED, "cams.calibration.steps=0", "cams.calibration.fusion=0"), _FIRST),
     Row("tokens-correlation", "tags", (*_CALIBRATED, "cams.calibration.fusion=0"), _FIRST),
     Row("tokens-sfc", "tags", _CALIBRATED, _FIRST),
@@ -92,7 +96,8 @@ ORDER = (
     ("tokens-plain", "tokens-images"),
     ("tokens-par", "tokens-plain"),
     ("tokens-varm", "tokens-par"),
-    ("tokens-affinity", "tokens-varm"),
+    ("tokens-opponent", "tokens-varm"),
+    ("tokens-affinity", "tokens-opponent"),
     ("tokens-sfc", "tokens-affinity"),
     ("tokens-scd", "tokens-sfc"),
 )

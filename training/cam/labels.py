@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from wsss_deploy.card import IGNORE_INDEX, Preprocessing
 from wsss_deploy.pairwise import PairwiseParameters, refine
+from wsss_deploy.pairwise.guides import Guide, opponent_guide
 
 
 def present_cams(cams: Tensor, tags: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ class LabelRule:
         stride: Refinement at 1/stride of the image's size; the release has 2.
         temperature: Divides scores before the softmax over present classes; the release has 1.
         sure: Least probability of a label in `sure_labels`, which has no part in `high`, `low` and `temperature`.
+        guide: What the refiner sees: the image as it is, as released, or brightness and opponent colours.
     """
 
     high: float = 0.55
@@ -99,6 +101,7 @@ class LabelRule:
     stride: int = 2
     temperature: float = 1.0
     sure: float = 0.6
+    guide: Guide = "rgb"
 
 
 def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rule: LabelRule) -> Tensor:
@@ -120,8 +123,8 @@ def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rul
     scores, classes = _scores_by_slot(cams, tags, rule)
     slots = classes.shape[1]
     if rule.refiner is not None:
-        guide = _resized(image.to(scores.dtype), (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride))
-        scores = refine(scores.contiguous(), guide.contiguous(), rule.refiner)
+        small = (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride)
+        scores = refine(scores.contiguous(), _guide(image, small, rule).to(scores.dtype), rule.refiner)
     high, low = (
         classes.gather(1, _resized(part, image.shape[-2:]).argmax(dim=1).flatten(1)).reshape(valid.shape)
         for part in scores.split(slots, dim=1)
@@ -148,8 +151,7 @@ def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: 
     small = (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride)
     scores = _resized(torch.cat([background, own], dim=1), small)
     if rule.refiner is not None:
-        guide = _resized(image.to(scores.dtype), small)
-        scores = refine(scores.contiguous(), guide.contiguous(), rule.refiner)
+        scores = refine(scores.contiguous(), _guide(image, small, rule).to(scores.dtype), rule.refiner)
     scores = _resized(scores, image.shape[-2:])
     value, slot = (scores / scores.sum(dim=1, keepdim=True)).max(dim=1)
     labels = classes.gather(1, slot.flatten(1)).reshape(valid.shape)
@@ -183,6 +185,11 @@ def _scores_by_slot(cams: Tensor, tags: Tensor, rule: LabelRule) -> tuple[Tensor
         absent = F.pad(~used, (1, 0))[:, :, None, None]
         parts.append((small / rule.temperature).masked_fill(absent, -torch.inf).softmax(dim=1))
     return torch.cat(parts, dim=1), classes
+
+
+def _guide(image: Tensor, size: tuple[int, int], rule: LabelRule) -> Tensor:
+    small = _resized(image, size)
+    return (opponent_guide(small) if rule.guide == "opponent" else small).contiguous()
 
 
 def _resized(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

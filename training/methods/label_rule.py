@@ -13,5 +13,10 @@ def label_rule(settings: LabelSettings) -> LabelRule:
     if settings.refiner != "off":
         refiner = PairwiseParameters(kind=settings.refiner, iterations=settings.iterations)
     return LabelRule(
-        high=settings.high, low=settings.low, sure=settings.sure, refiner=refiner, temperature=settings.temperature
+        high=settings.high,
+        low=settings.low,
+        sure=settings.sure,
+        refiner=refiner,
+        temperature=settings.temperature,
+        guide=settings.guide,
     )

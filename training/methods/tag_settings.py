@@ -85,7 +85,7 @@ class TokenSettings(_Strict):
     background: Share = 0.15
     rounds: Annotated[int, Field(ge=0, le=10)] = 3
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 1.5)
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     calibration: CalibrationSettings | None = CalibrationSettings()
     images: bool = False
 
@@ -135,6 +135,7 @@ class LabelSettings(_Strict):
         sure: Least probability of a label, where the maps know the background (`TokenSettings`); `high` and `low` have
             no part there.
         refiner: Local refinement of both passes: "varm" (TSCD), "par" (AFA) or "off".
+        guide: What the refiner sees: "rgb", as released, or "opponent", brightness and opponent colours.
         iterations: Of the refiner.
         temperature: Divides scores before the softmax over background and present classes.
     """
@@ -143,6 +144,7 @@ class LabelSettings(_Strict):
     low: Share = 0.1
     sure: Share = 0.6
     refiner: Literal["varm", "par", "off"] = "varm"
+    guide: Literal["rgb", "opponent"] = "opponent"
     iterations: Annotated[int, Field(ge=1, le=100)] = 10
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 

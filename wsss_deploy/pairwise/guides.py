@@ -42,6 +42,21 @@ def make_guide(images: Array, kind: Guide) -> Array:
     return torch.stack([(both + blue) * (1 / 765), (red - green) * (1 / 255), (both - 2 * blue) * (1 / 510)], 1)
 
 
+def opponent_guide(image: torch.Tensor) -> torch.Tensor:
+    """The guide "opponent" of an image in floating point, for training, where it is no longer one of whole bytes.
+
+    Args:
+        image: RGB in [0, 1], (N, 3, H, W).
+
+    Returns:
+        (N, 3, H, W); see `make_guide`.
+    """
+    import torch
+
+    red, green, blue = image.unbind(1)
+    return torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
+
+
 def _numpy_guide(images: NDArray[Any], kind: Guide) -> NDArray[np.float32]:
     guide = np.empty((images.shape[0], 3, *images.shape[1:3]), np.float32)
     if kind == "rgb":
