@@ -1,4 +1,4 @@
-"""A picture of what image tags become: image, class activation maps, pseudo-label, prediction, ground truth.
+"""A picture of what image tags become: image, CAM, prototype CAM, pseudo-label, prediction, ground truth.
 
     python -m benchmarks.tags_sheet runs/tags-default-0 DATA --out sheet.png
 
@@ -63,8 +63,16 @@ def main() -> int:
         label = pseudo_label(image, cams, tags, label_rule(recipe.method.labels), make)
         present = torch.zeros(1, cams.shape[1], 1, 1)
         present[0, [tag - 1 for tag in tags]] = 1
-        shown = F.interpolate(cams * present, size=image.shape[:2], mode="bilinear", align_corners=False)
-        maps = F.pad(shown, (0, 0, 0, 0, 1, 0))[0].numpy()
+        # Without a sure position there are no prototypes; some kinds of CAMs have none at all.
+        prototypes = method.prototype_cams(encoder, view, present[:, :, 0, 0])
+        found = {"CAM": cams, "Prototype CAM": torch.zeros_like(cams) if prototypes is None else prototypes.cpu()}
+        maps = {
+            title: F.pad(
+                F.interpolate(part.float() * present, size=image.shape[:2], mode="bilinear", align_corners=False),
+                (0, 0, 0, 0, 1, 0),
+            )[0].numpy()
+            for title, part in found.items()
+        }
         prediction = segmenter.predict(image).mask
         rows.append(SheetRow(image, label, prediction, source.load_labels(name, "masks"), maps))
     median = float(np.median(list(scores.values())))

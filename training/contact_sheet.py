@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 from wsss_deploy.card import IGNORE_INDEX
 
 COLUMNS = ("Image", "Weak label", "Prediction", "Ground truth")
-ACTIVATION = "Class activation"
 _PANEL, _GAP, _MARGIN = 240, 8, 28
 _HEADER, _TITLES, _LEGEND = 76, 30, 64
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 32, 40), (104, 112, 124)
@@ -27,15 +26,15 @@ class SheetRow:
         weak: uint8 (H, W) class ids, 255 = unlabelled.
         prediction: uint8 (H, W) class ids.
         truth: uint8 (H, W) class ids, 255 = unlabelled.
-        activation: Class activation maps, float (C, H, W) in [0, 1], the first of which is not shown; None leaves
-            their column out.
+        maps: Per title of a further column, maps of classes such as CAMs, float (C, H, W) in [0, 1], the first of
+            which is not shown.
     """
 
     image: NDArray[np.uint8]
     weak: NDArray[np.uint8]
     prediction: NDArray[np.uint8]
     truth: NDArray[np.uint8]
-    activation: NDArray[np.float32] | None = None
+    maps: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def contact_sheet(
@@ -45,10 +44,10 @@ def contact_sheet(
     title: str,
     caption: str,
 ) -> Image.Image:
-    """Draw the sheet: a title, one row of four panels per image, a legend.
+    """Draw the sheet: a title, one row of panels per image, a legend.
 
     Args:
-        rows: The images, from top to bottom; all of them have activation maps, which make a fifth panel, or none.
+        rows: The images, from top to bottom; all of them have the same `maps`, which come after the image.
         classes: Class names; class 0 is the background, which stays an image in the panels.
         palette: One RGB colour per class.
         title: First line.
@@ -57,9 +56,7 @@ def contact_sheet(
     Returns:
         RGB image.
     """
-    columns = list(COLUMNS)
-    if rows and rows[0].activation is not None:
-        columns.insert(1, ACTIVATION)
+    columns = [COLUMNS[0], *(rows[0].maps if rows else ()), *COLUMNS[1:]]
     width = 2 * _MARGIN + len(columns) * (_PANEL + _GAP) - _GAP
     top = _MARGIN + _HEADER + _TITLES
     height = top + len(rows) * (_PANEL + _GAP) + _LEGEND + _MARGIN // 2
@@ -79,10 +76,10 @@ def contact_sheet(
 def _panel(row: SheetRow, column: str, palette: Sequence[Sequence[int]]) -> Image.Image:
     if column == "Image":
         picture = row.image
-    elif column == ACTIVATION:
-        assert row.activation is not None
-        strongest = row.activation[1:].argmax(axis=0).astype(np.uint8) + 1
-        picture = _tint(row.image, strongest, palette, row.activation[1:].max(axis=0)[..., None], clear=None)
+    elif column in row.maps:
+        maps = row.maps[column][1:]
+        strongest = maps.argmax(axis=0).astype(np.uint8) + 1
+        picture = _tint(row.image, strongest, palette, maps.max(axis=0)[..., None], clear=None)
     elif column == "Weak label":
         picture = _tint(row.image, row.weak, palette, opacity=1.0, clear=None)
     else:

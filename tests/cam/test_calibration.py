@@ -113,3 +113,16 @@ def test_calibrated_cams_of_any_encoder(name):
     assert (calibrated[1] == 0).all()
     assert calibrated.min() >= 0
     assert calibrated.sum(dim=1).max() <= 1 + 1e-4
+
+
+def test_prototypes_can_be_looked_at():
+    torch.manual_seed(0)
+    encoder = Encoder("test_vit").eval()
+    image, tags = torch.randn(1, 3, 64, 96), torch.tensor([[1.0, 0, 1]])
+    model = TokenCams(TokenSettings(calibration=CalibrationSettings(seeds=0.0)), encoder, 4)
+    torch.nn.init.normal_(model.head.layers[1].weight)
+    found = model.prototype_cams(encoder, image, tags)
+    assert found.shape == (1, 3, 64, 96)
+    assert found.max() > 0
+    assert (found[:, 1] == 0).all()
+    assert TokenCams(TokenSettings(calibration=None), encoder, 4).prototype_cams(encoder, image, tags) is None

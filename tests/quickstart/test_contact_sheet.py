@@ -82,7 +82,7 @@ def test_activation_maps_make_a_panel_of_their_own():
     plain = row()
     maps = np.zeros((len(PALETTE), *plain.truth.shape), np.float32)
     maps[1] = 1
-    sheet = contact_sheet([replace(plain, activation=maps)], CLASSES, PALETTE, "t", "c")
+    sheet = contact_sheet([replace(plain, maps={"CAM": maps})], CLASSES, PALETTE, "t", "c")
     assert sheet.width - contact_sheet([plain], CLASSES, PALETTE, "t", "c").width == 248
     panel = np.asarray(sheet)[254, 28 + 248 + 120]
     np.testing.assert_array_equal(panel, PALETTE[1])

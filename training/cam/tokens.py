@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.cam.attention import AttentionTap, attention_layers
-from training.cam.calibration import along_attention, along_correlation, with_prototypes
+from training.cam.calibration import along_attention, along_correlation, prototype_maps, with_prototypes
 from training.cam.head import CamHead, encode
 from training.methods.cam_methods import CamModel
 from training.methods.tag_settings import TokenSettings
@@ -192,8 +192,27 @@ class TokenCams(CamModel):
             )
         return total / len(self.settings.scales)
 
+    @torch.no_grad()
+    def prototype_cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor | None:
+        """Probabilities by prototypes at the image's own scale; see `CamModel.prototype_cams`."""
+        if self.settings.calibration is None:
+            return None
+        maps, feature = self._correlated(encoder, image, F.pad(tags == 1, (1, 0), value=True))
+        voted = prototype_maps(maps, feature, self.settings.calibration.seeds)
+        if voted is None:
+            return None
+        return F.interpolate(voted[0][:, 1:], size=image.shape[-2:], mode="bilinear", align_corners=False)
+
     def _calibrated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> Tensor:
         """Probabilities (N, C, h, w) of one view's positions."""
+        maps, feature = self._correlated(encoder, view, possible)
+        calibration = self.settings.calibration
+        if calibration is None:
+            return maps
+        return with_prototypes(maps, feature, calibration.seeds, calibration.fusion)
+
+    def _correlated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
+        """The same before prototypes, and the positions' features (N, D, h, w), of mean 0 over the data set."""
         index, calibration = self.head.indices[0], self.settings.calibration
         tap, indices = None, [index]
         if calibration is not None and calibration.attention and attention_layers(encoder):
@@ -204,16 +223,14 @@ class TokenCams(CamModel):
         normalise, _ = self.head.layers
         odds = self.head(maps)[index].float()
         scores = F.pad(odds, (0, 0, 0, 0, 1, 0)).masked_fill(~possible[:, :, None, None], -torch.inf)
-        found = scores.softmax(dim=1)
+        found, feature = scores.softmax(dim=1), normalise(maps[index]).float()
         if calibration is None:
-            return found
-        feature = normalise(maps[index]).float()
+            return found, feature
         if tap is not None:
             logits = tap.logits() * tap.scale
             if logits.shape[-1] == found[0, 0].numel():
                 found = along_attention(found, logits, calibration.attention)
-        found = along_correlation(found, feature, calibration.power, calibration.steps)
-        return with_prototypes(found, feature, calibration.seeds, calibration.fusion)
+        return along_correlation(found, feature, calibration.power, calibration.steps), feature
 
 
 def fit_tokens(

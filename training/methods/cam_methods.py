@@ -66,6 +66,13 @@ class CamModel(nn.Module, ABC):
         """
         return self.cams(encoder, image, tags)
 
+    def prototype_cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor | None:
+        """What prototypes of the image's own classes say alone, to be looked at; args and shape as in `cams`.
+
+        None: this kind has no prototypes, or found no position to make them from.
+        """
+        return None
+
 
 class CamMethod(CamModel, Method):
     """One that learns with the encoder, batch by batch."""
@@ -171,6 +178,17 @@ class SharedFeatureCams(CamMethod):
 
         The fused maps' foreground, divided by the peak that the release gives them (2 and 2 * fusion).
         """
+        smoothed, prototype = self._kinds(encoder, image, tags)
+        fused = fuse_kinds(smoothed, prototype, self.settings.fusion)
+        return fused[:, 1:] / (2 + 2 * self.settings.fusion)
+
+    @torch.no_grad()
+    def prototype_cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """M_P over scales and flips; see `CamModel.prototype_cams`."""
+        return self._kinds(encoder, image, tags)[1][:, 1:] / 2
+
+    def _kinds(self, encoder: Encoder, image: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+        """M_W and M_P (N, K + 1, H, W) over scales and flips."""
         size = (image.shape[-2], image.shape[-1])
         kinds: list[list[Tensor]] = [[], []]
         for scale in self.settings.scales:
@@ -180,5 +198,4 @@ class SharedFeatureCams(CamMethod):
             for maps, kind in zip(self.head.flip_fused(both, encoder(both), tags), kinds, strict=True):
                 kind.append(maps)
         smoothed, prototype = (fuse_scales(kind, size) for kind in kinds)
-        fused = fuse_kinds(smoothed, prototype, self.settings.fusion)
-        return fused[:, 1:] / (2 + 2 * self.settings.fusion)
+        return smoothed, prototype
