@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.cam.maps import pool_scores
 from wsss_deploy.errors import UsageError
 
 EPSILON = 1e-5
@@ -154,6 +155,7 @@ class SharedFeatureHead(nn.Module):
         classes: Foreground classes K.
         sides: Output channels of the side layers.
         background_weight: See `seeds`.
+        pooling: Part of a map's cells whose mean is the image's score; the release has 1, the average.
     """
 
     def __init__(
@@ -162,11 +164,12 @@ class SharedFeatureHead(nn.Module):
         classes: int,
         sides: Sequence[int] = PUBLISHED_SIDES,
         background_weight: float = 0.3,
+        pooling: float = 1.0,
     ) -> None:
         super().__init__()
         if len(channels) != len(sides):
             raise UsageError(f"{len(channels)} levels and {len(sides)} side widths; expected one width a level")
-        self.background_weight = background_weight
+        self.background_weight, self.pooling = background_weight, pooling
         self.classifier = nn.Conv2d(channels[-1], classes, 1, bias=False)
         self.side = nn.ModuleList(
             nn.Conv2d(count, width, 1, bias=False) for count, width in zip(channels, sides, strict=True)
@@ -190,7 +193,7 @@ class SharedFeatureHead(nn.Module):
             plain = classifier_cams(scores, size, mask)
             feature = self.hierarchical(levels, size)
             smoothed = pixel_correlation(plain, self._embedding(image.to(dtype), levels[-1], size))
-            return self.maps_of(scores.mean(dim=(2, 3)), plain, smoothed, feature, mask)
+            return self.maps_of(pool_scores(scores, self.pooling), plain, smoothed, feature, mask)
 
     def maps_of(
         self, scores: Tensor, plain: Tensor, smoothed: Tensor, feature: Tensor, seed_mask: Tensor
@@ -234,7 +237,7 @@ class SharedFeatureHead(nn.Module):
             plain = classifier_cams(scores, size)
             smoothed = pixel_correlation(plain, self._embedding(_fold(image.float()), _fold(levels[-1]), size))
             mask = F.pad((presence == 1).float(), (1, 0), value=1.0)[:, :, None, None]
-            maps = self.maps_of(scores.mean(dim=(2, 3)), plain, smoothed, feature, mask)
+            maps = self.maps_of(pool_scores(scores, self.pooling), plain, smoothed, feature, mask)
             return maps.smoothed, maps.prototype
 
 

@@ -132,7 +132,9 @@ class SharedFeatureCams(CamMethod):
         classes = num_classes - 1
         super().__init__(classes)
         self.settings = settings
-        self.head = SharedFeatureHead(encoder.channels, classes, settings.sides, settings.background_weight)
+        self.head = SharedFeatureHead(
+            encoder.channels, classes, settings.sides, settings.background_weight, settings.pooling
+        )
         self.bank = ImageBank(classes, size) if settings.bank_draws else None
         bank = bank_term(iterations_per_epoch, settings.bank_draws, classes, settings.bank_factor)
         found = distribution_coefficients(tag_counts, bank) if settings.coefficients else torch.ones(classes)

@@ -108,6 +108,7 @@ class SharedFeatureSettings(_Strict):
         scale_weight: Of L_W; 0 turns it off.
         coefficients: Whether classes are weighed by the distribution coefficients.
         background_weight: Of the background when seeds are chosen.
+        pooling: `CamSettings.pooling`; released is 1, the average.
         fusion: Weight of prototype CAMs beside classifier CAMs; the code has 0.7, the paper 1.
         sides: Widths of the hierarchical feature's parts, fine to coarse.
         scales: Factors of the image's size over which CAMs are fused, each with its mirror.
@@ -120,6 +121,7 @@ class SharedFeatureSettings(_Strict):
     scale_weight: Weight = 0.8
     coefficients: bool = True
     background_weight: Share = 0.3
+    pooling: Share = 0.1
     fusion: Weight = 0.7
     sides: tuple[int, int, int, int] = (128, 128, 256, 256)
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.5, 1.5, 2.0)
