@@ -76,6 +76,9 @@ ROWS = (
     Row("tokens-sfc", "tags", _CALIBRATED, _FIRST),
     Row("tokens-scd", "tags", (*_CALIBRATED, "correspondence_weight=1"), _FIRST),
     Row("tokens-scd-parity", "tags", (*_CALIBRATED, "correspondence_weight=1", "correspondence=parity"), _FIRST),
+    # Variations of the default.
+    Row("tokens-sure", "tags", (*_CALIBRATED, "labels.sure=0.4"), _FIRST),
+    Row("tokens-correction", "tags", (*_CALIBRATED, "correction={}"), _FIRST),
     Row("tokens-crf", "tags", (*_CALIBRATED, "crf_weight=0.1"), _FIRST),
     Row("default", ""),
 )
