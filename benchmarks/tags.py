@@ -39,7 +39,8 @@ class Row:
 
 
 _ONE = "cams.scales=[1.0]"
-_LEARNING = ("cams.kind=classifier",)
+_UNCALIBRATED = ("cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")
+_LEARNING = ("cams.kind=classifier", _ONE)
 # A run that takes over a classifier starts from that run's recipe, so what differs from it is named.
 _FIRST = "tokens-plain"
 _VARM = ("labels.refiner=varm",)
@@ -51,17 +52,17 @@ ROWS = (
     Row("par", "tags", (*_LEARNING, "labels.refiner=par", _RGB), "plain"),
     Row("varm", "tags", (*_LEARNING, "labels.refiner=varm", _RGB), "plain"),
     Row("opponent", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
-    # In a single stage; CAMs at one scale and its mirror, since they are taken in every step.
+    # CAMs of these at one scale and its mirror, which single stages take in every step.
     Row("single", "tscd", (_ONE, "affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
     Row("affinity", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0")),
     Row("scd", "tscd", (_ONE, "consistency_weight=0")),
     Row("scd-repaired", "tscd", (_ONE, "consistency_weight=0", "correspondence=repaired")),
     Row("tscd", "tscd", (_ONE,)),
-    Row("sfc-plain", "sfc", ("cams.bank_draws=0", "cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
-    Row("sfc-bank", "sfc", ("cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")),
-    Row("sfc-prototype", "sfc", ("cams.scale_weight=0",)),
-    Row("sfc-even", "sfc", ("cams.coefficients=false",)),
-    Row("sfc", "sfc"),
+    Row("sfc-plain", "sfc", (_ONE, "cams.bank_draws=0", *_UNCALIBRATED)),
+    Row("sfc-bank", "sfc", (_ONE, *_UNCALIBRATED)),
+    Row("sfc-prototype", "sfc", (_ONE, "cams.scale_weight=0")),
+    Row("sfc-even", "sfc", (_ONE, "cams.coefficients=false")),
+    Row("sfc", "sfc", (_ONE,)),
     # Linear classifiers on the tokens of a frozen encoder: of images alone, then of positions; refined by nothing, PAR
     # or VARM, these on colours as they are or on opponent colours; along attention, then along the correlation of
     # features and with prototypes as well (the default); with self correspondence distillation of the segmenter. What

@@ -261,6 +261,8 @@ class SFCSettings(TagsSettings):
 
     name: Literal["sfc"] = "sfc"  # type: ignore[assignment]
     cams: SharedFeatureSettings = SharedFeatureSettings()
+    # Fused maps are higher: two kinds that agree.
+    labels: LabelSettings = LabelSettings(high=0.45, low=0.25)
 
 
 class TSCDSettings(_Strict):
