@@ -6,6 +6,7 @@ are scored on train images with masks, which no training reads.
 
     python benchmarks/tags.py --shared SHARED --out runs --rows plain par varm --seeds 0 --json tags.json --check
 
+--cams-only stops after the first stage: CAMs and pseudo-labels of the scored images, no segmenter.
 --long-tail trains on a part of the set in which the commonest class has ten times the images of the rarest.
 """
 
@@ -49,6 +50,10 @@ _CALIBRATED = (*_VARM, "cams.calibration={}")
 ROWS = (
     # Classifiers that learn together with the encoder, as published methods have it.
     Row("plain", "tags", (*_LEARNING, "labels.refiner=off")),
+    # What decides about it: the encoder's rate, the part of the cells that makes the score, the depth.
+    Row("plain-rate", "tags", (*_LEARNING, "cam_learning_rate=1e-4", "cam_head_factor=30")),
+    Row("plain-average", "tags", (*_LEARNING, "cams.pooling=1.0")),
+    Row("plain-depth", "tags", (*_LEARNING, f"cams.depths=[{10 / 12}]", f"cams.depth={10 / 12}")),
     Row("par", "tags", (*_LEARNING, "labels.refiner=par", _RGB), "plain"),
     Row("varm", "tags", (*_LEARNING, "labels.refiner=varm", _RGB), "plain"),
     Row("opponent", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
@@ -113,18 +118,18 @@ def data_folder(options: argparse.Namespace) -> Path:
     if not options.long_tail:
         return whole
     folder = options.out / "voc_animals_long_tail"
-    if not (folder / "splits").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "splits").mkdir(parents=True)
         for path in whole.iterdir():
             if path.name != "splits":
-                (folder / path.name).symlink_to(path.resolve())
-        names = [name for name in (whole / "splits" / "train.txt").read_text().split() if name]
+                (partial / path.name).symlink_to(path.resolve())
+        names = (whole / "splits" / "train.txt").read_text().split()
         chosen = long_tail(names, json.loads((whole / "tags.json").read_text()))
-        partial = folder / "splits.partial"
-        partial.mkdir()
-        (partial / "train.txt").write_text("\n".join(chosen) + "\n")
-        shutil.copy(whole / "splits" / "val.txt", partial)
-        partial.rename(folder / "splits")
+        (partial / "splits" / "train.txt").write_text("\n".join(chosen) + "\n")
+        shutil.copy(whole / "splits" / "val.txt", partial / "splits")
+        partial.rename(folder)
     return folder
 
 
@@ -134,6 +139,7 @@ def long_tail(names: list[str], tags: dict[str, list[int]]) -> list[str]:
     Classes keep their order by frequency. Images are gone through in one fixed order, and taken while every class in
     them still has room.
     """
+    names = [name for name in names if name in tags]
     counts = Counter(kind for name in names for kind in tags[name])
     order = [kind for kind, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     room = {kind: round(counts[order[0]] * TAIL ** -(rank / max(1, len(order) - 1))) for rank, kind in enumerate(order)}
@@ -174,6 +180,54 @@ def run(row: Row, seed: int, options: argparse.Namespace) -> dict:
         values = {"cam": cam_miou(folder, found, options), "pseudo": pseudo_miou(folder, options)}
         scores.write_text(json.dumps(values))
     return found | json.loads(scores.read_text())
+
+
+def cams_only(row: Row, seed: int, options: argparse.Namespace) -> dict:
+    """Train a row's first stage alone and score what comes of it."""
+    from training.cam.scoring import score_cams, score_labels
+    from training.cam_stage import LABELS, add_pseudo_labels
+    from training.recipe import parse_assignments
+    from training.run import resolve_recipe
+
+    folder = options.out / f"{prefix(options)}-cams-{row.name}-{seed}"
+    record = folder / "scores.json"
+    if not record.is_file():
+        source = open_source(options)
+        given = {
+            "seed": seed,
+            "model": {"weights": str(options.shared / "weights" / "vit_tiny_patch16_224.safetensors")},
+            "augmentation": {"size": options.size},
+            "method": {"name": row.method},
+        }
+        settings = parse_assignments([f"method.{text}" for text in row.settings])
+        recipe = resolve_recipe(source, "tags", [given, settings])
+        names = scored_names(source, options)
+        add_pseudo_labels(recipe, source, folder, False, names=names)
+        scores = {
+            "cam": score_cams(source, recipe, folder, names),
+            "pseudo": score_labels(source, folder / LABELS, names),
+        }
+        record.write_text(json.dumps(scores))
+    return json.loads(record.read_text())
+
+
+def cams_table(rows: dict[str, list[dict]], options: argparse.Namespace) -> str:
+    """First stages as a Markdown table with one protocol line."""
+    lines = [
+        "| row | CAM mIoU (best background score), by seed | pseudo-label mIoU (sure pixels), by seed |",
+        "|---|---|---|",
+    ]
+    for name, records in rows.items():
+        cams = ", ".join(f"{100 * r['cam']['miou']:.1f} ({r['cam']['background']})" for r in records)
+        labels = ", ".join(f"{100 * r['pseudo']['miou']:.1f} ({100 * r['pseudo']['sure']:.0f} %)" for r in records)
+        lines.append(f"| {name} | {cams} | {labels} |")
+    lines += [
+        "",
+        f"Protocol: voc_animals, image tags only; ViT-Tiny with supervised ImageNet weights; first stages alone, crop "
+        f"{options.size}, 400 iterations of batch 8 where the encoder learns; {options.images} train images with "
+        f"masks, at their own size, with their tags; seeds {options.seeds}. torch {torch.__version__}, {date.today()}.",
+    ]
+    return "\n".join(lines)
 
 
 def prefix(options: argparse.Namespace) -> str:
@@ -310,6 +364,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--images", type=int, default=100, help="train images on which CAMs and labels are scored")
+    parser.add_argument("--cams-only", action="store_true", help="first stages alone")
     parser.add_argument("--long-tail", action="store_true", help="train on the long-tailed part of the set")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
@@ -317,6 +372,12 @@ def main() -> int:
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.cams_only:
+        chosen = [row for row in ROWS if row.name in options.rows and row.method in ("tags", "sfc")]
+        print(
+            cams_table({row.name: [cams_only(row, seed, options) for seed in options.seeds] for row in chosen}, options)
+        )
+        return 0
     rows, record = [], {}
     for row in (*ROWS, TWIN):
         if row.name in options.rows:

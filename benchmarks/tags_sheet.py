@@ -64,7 +64,8 @@ def main() -> int:
         present = torch.zeros(1, cams.shape[1], 1, 1)
         present[0, [tag - 1 for tag in tags]] = 1
         # Without a sure position there are no prototypes; some kinds of CAMs have none at all.
-        prototypes = method.prototype_cams(encoder, view, present[:, :, 0, 0])
+        device = next(method.parameters()).device
+        prototypes = method.prototype_cams(encoder, view.to(device), present[:, :, 0, 0].to(device))
         found = {"CAM": cams, "Prototype CAM": torch.zeros_like(cams) if prototypes is None else prototypes.cpu()}
         maps = {
             title: F.pad(

@@ -33,7 +33,7 @@ from training.methods.tag_settings import (
     TokenSettings,
 )
 from training.recipe import EvaluationSettings, Recipe
-from training.state import CHECKPOINT
+from training.state import CHECKPOINT, load_checkpoint
 from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
 from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
@@ -52,7 +52,12 @@ STAGE, LABELS = "cams", "pseudo_labels"
 
 
 def add_pseudo_labels(
-    recipe: Recipe, source: DataSource, folder: Path, show: bool = True, card: ModelCard | None = None
+    recipe: Recipe,
+    source: DataSource,
+    folder: Path,
+    show: bool = True,
+    card: ModelCard | None = None,
+    names: Sequence[str] | None = None,
 ) -> PseudoLabelSource:
     """The data set with pseudo-labels as masks of its tagged training images.
 
@@ -64,6 +69,7 @@ def add_pseudo_labels(
         folder: Run folder; `cams/` and `pseudo_labels/` are made in it.
         show: Progress on the terminal.
         card: Of the model to be; with it, the classifier's maps are saved beside it (`training.cam.artifact`).
+        names: Images that get labels if they are tagged; None is the training split.
 
     Raises:
         RecipeError: The recipe's method has no such stage.
@@ -71,8 +77,13 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
+    stage = folder / STAGE / CHECKPOINT
+    if stage.is_file():
+        # Complete labels are not made again; that they are of this recipe's classifier has to be known all the same.
+        load_checkpoint(stage, _stage_recipe(recipe))
     begin_labels(folder, label_key(settings.labels, settings.cams, recipe))
-    tagged = [name for name in source.splits[recipe.train_split] if source.tags(name) is not None]
+    wanted = source.splits[recipe.train_split] if names is None else names
+    tagged = [name for name in wanted if source.tags(name) is not None]
     missing = [name for name in tagged if not labelled.path(name).is_file()]
     if not missing:
         return labelled
@@ -159,17 +170,7 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
     dataset = TrainingSet(source, source.splits[recipe.train_split], ("tags",), recipe.augmentation, recipe.seed)
     freeze(network.encoder, settings.cam_frozen)
     method = build_cam_method(settings, network.encoder, dataset, recipe)
-    optimisation = recipe.optimisation.model_copy(
-        update={
-            "iterations": settings.cam_iterations,
-            "learning_rate": settings.cam_learning_rate,
-            "decoder_factor": settings.cam_head_factor,
-            # The classifiers are the method's, of which no average is kept.
-            "ema": 0.0,
-        }
-    )
-    evaluation = EvaluationSettings(every=settings.cam_iterations)
-    stage_recipe = _stage_recipe(recipe, optimisation=optimisation, evaluation=evaluation)
+    stage_recipe = _stage_recipe(recipe)
     preprocessing = encoder_preprocessing(model.encoder, model.encoder_options)
     trainer = Trainer(stage_recipe, network, method, dataset, preprocessing, stage, lambda _: None)
     trainer.run((stage / CHECKPOINT).is_file(), show)
@@ -189,9 +190,22 @@ def stage_maps(recipe: Recipe, source: DataSource, folder: Path) -> Callable[[Te
     return maps
 
 
-def _stage_recipe(recipe: Recipe, **changes: object) -> Recipe:
+def _stage_recipe(recipe: Recipe) -> Recipe:
     """The recipe of the first stage alone."""
-    return recipe.model_copy(update={"method": _what_the_stage_reads(_settings(recipe)), **changes})
+    settings = _settings(recipe)
+    changes: dict[str, object] = {"method": _what_the_stage_reads(settings)}
+    if not isinstance(settings.cams, TokenSettings):
+        changes["evaluation"] = EvaluationSettings(every=settings.cam_iterations)
+        changes["optimisation"] = recipe.optimisation.model_copy(
+            update={
+                "iterations": settings.cam_iterations,
+                "learning_rate": settings.cam_learning_rate,
+                "decoder_factor": settings.cam_head_factor,
+                # The classifiers are the method's, of which no average is kept.
+                "ema": 0.0,
+            }
+        )
+    return recipe.model_copy(update=changes)
 
 
 def long_side_of(recipe: Recipe) -> int:

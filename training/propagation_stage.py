@@ -21,6 +21,7 @@ from training.methods.label_rule import label_rule
 from training.methods.settings import PartialCESettings
 from training.methods.tag_settings import PropagationSettings
 from training.recipe import Recipe
+from training.state import CHECKPOINT, load_checkpoint
 from training.token_stage import Labels, default_long_side, fitted_tokens, pretrained_encoder
 from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
@@ -59,7 +60,11 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder, label_key(settings.labels, settings.tokens, recipe))
+    stage = folder / STAGE / CHECKPOINT
+    if stage.is_file():
+        # Complete labels are not made again; that they are of this recipe's classifier has to be known all the same.
+        load_checkpoint(stage, _what_the_stage_reads(recipe, settings))
+    begin_labels(folder, f"{label_key(settings.labels, settings.tokens, recipe)} {settings.least}")
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled

@@ -336,10 +336,11 @@ def default_recipe(
             # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
             chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
     if supervision == "tags":
-        chosen = {"name": "tags"}
+        chosen = {"name": "sfc" if method == "sfc" else "tags"}
         if not pretrained:
             # An encoder that knows nothing has to learn, and at more than a pretrained one's rate.
-            chosen |= {"cams": {"kind": "classifier"}, "cam_learning_rate": 1e-4, "cam_head_factor": 30.0}
+            chosen |= {"cam_learning_rate": 1e-4, "cam_head_factor": 30.0}
+            chosen |= {} if method == "sfc" else {"cams": {"kind": "classifier"}}
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
     optimisation: dict[str, Any] = {"iterations": iterations}

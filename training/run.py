@@ -187,7 +187,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
             settings = PartialCESettings() if settings.propagate.alone else settings
     class_maps = None
     if isinstance(settings, TagsSettings) and settings.correspondence_weight:
-        class_maps = stage_maps(recipe, source, folder)
+        class_maps = stage_maps(recipe, labelled, folder)
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     counts = _class_counts(dataset) if getattr(settings, "class_weights", "off") == "counts" else None

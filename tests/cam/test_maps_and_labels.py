@@ -3,13 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.cam import labels
 from training.cam.correction import corrected_labels
-from training.cam.labels import LabelRule, band_labels, plain_labels, present_cams, refined_labels
+from training.cam.labels import LabelRule, band_labels, plain_labels, present_cams, refined_labels, sure_labels
 from training.cam.maps import multi_scale_cams, normalise_cams, pool_scores
 from training.cam.propagation import propagated_cams, refined_in_box
 from training.losses.attention_affinity import affinity_labels, affinity_loss
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import PairwiseParameters
+from wsss_deploy.pairwise.guides import make_guide, opponent_guide
 
 SMALL = PairwiseParameters(kind="varm", dilations=(1, 2), iterations=3)
 
@@ -152,3 +154,31 @@ def test_corrections_stay_within_the_tags():
     assert (corrected_labels(labels, logits, tags, ~valid, 0.9) == 255).all()
     assert labels.tolist() == [[[0, 1], [255, 255]]]
     assert tags[0, 0].isnan()
+
+
+def test_the_opponent_guide_is_the_runtimes():
+    image = torch.randint(0, 256, (1, 5, 6, 3), dtype=torch.uint8)
+    expected = make_guide(image, "opponent")
+    torch.testing.assert_close(opponent_guide(image.permute(0, 3, 1, 2).float() / 255), expected)
+
+
+@pytest.mark.parametrize("make", [refined_labels, sure_labels])
+def test_labels_may_be_refined_along_opponent_colours(make):
+    """Two halves of one brightness, red and green; maps that reach half a square too far."""
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, 0, :, :16], image[:, 1, :, 16:] = 0.6, 0.6
+    cams = torch.zeros(1, 1, 32, 32)
+    cams[..., :20] = 0.9
+    cams[..., 14:20] = 0.55
+    given = (image, cams, torch.ones(1, 1), torch.ones(1, 32, 32, dtype=torch.bool))
+    rules = [LabelRule(refiner=SMALL, stride=1, high=0.4, low=0.4, guide=guide) for guide in ("rgb", "opponent")]
+    seen = []
+    for rule in rules:
+        guides = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labels, "refine", lambda scores, guide, _, to=guides: to.append(guide) or scores)
+            make(*given, rule)
+        seen.append(guides[0])
+    torch.testing.assert_close(seen[0], image)
+    torch.testing.assert_close(seen[1], opponent_guide(image))
+    assert (make(*given, rules[1]) <= 1).any()

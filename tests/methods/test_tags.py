@@ -113,6 +113,26 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert maps.classes == card.classes
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        two_stages(correspondence_weight=0.1, samples=4),
+        two_stages("sfc", cams=SHARED, correspondence_weight=0.1, samples=4),
+    ],
+)
+def test_self_correspondence_with_simulated_tags(tagged, tmp_path, values, method):
+    data = tmp_path / "data"
+    shutil.copytree(tagged, data)
+    (data / "tags.json").unlink()
+    for name in ("scene0", "scene1", "scene2"):
+        index = int(name[-1])
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        mask[8:24, 8:24] = index % 3
+        Image.fromarray(mask).save(data / "masks" / f"{name}.png")
+    card, _ = load_model(train(data, tmp_path / "run", values | {"method": method}).model)
+    assert card.protocol.simulated
+
+
 def test_self_correspondence_follows_the_first_stage(values):
     settings = TypeAdapter(MethodSettings).validate_python(
         {"name": "tags", "correspondence_weight": 0.5, "samples": 6, "small_view": 0.5}
@@ -165,6 +185,13 @@ def test_the_default_relies_on_features_only_where_there_are_any(tagged, values)
     assert resolve_recipe(source, "tags", [values, trained]).method.cams.kind == "tokens"
     chosen = {"method": {"cams": {"kind": "tokens"}}}
     assert resolve_recipe(source, "tags", [values, chosen]).method.cams.kind == "tokens"
+    for name in ("tags", "sfc"):
+        rates = [
+            resolve_recipe(source, "tags", [values, extra, {"method": {"name": name}}]).method.cam_learning_rate
+            for extra in ({}, trained)
+        ]
+        assert rates == [1e-4, 2e-5], "what knows nothing has to learn"
+    assert resolve_recipe(source, "tags", [trained, {"method": {"name": "tscd"}}]).optimisation.learning_rate == 2e-5
 
 
 @pytest.mark.parametrize("encoder", ["test_convnext", "pvt_v2_b0"])
@@ -294,6 +321,17 @@ def test_labels_of_another_rule_are_made_anew(tagged, tmp_path, values, monkeypa
     values["method"] = {"name": "tags", "cams": TOKENS, "labels": {"sure": 0.99}}
     train(tagged, folder, values, resume=True)
     assert len(made) == 1 + 6
+    for count, changed in enumerate(({"calibration": None}, {"scales": [1.0]}), start=2):
+        for name in (CHECKPOINT, "model.pt"):
+            (folder / name).unlink()
+        values["method"] = {"name": "tags", "cams": TOKENS | changed, "labels": {"sure": 0.99}}
+        train(tagged, folder, values, resume=True)
+        assert len(made) == 1 + 6 * count
+    for name in (CHECKPOINT, "model.pt"):
+        (folder / name).unlink()
+    values["method"] = {"name": "tags", "cams": TOKENS | {"rounds": 2}, "labels": {"sure": 0.99}}
+    with pytest.raises(TrainingError, match=r"another recipe \(differs in method.cams.rounds"):
+        train(tagged, folder, values, resume=True)  # all labels are there, but of another classifier
 
 
 def test_seeds_of_images_need_a_background(tmp_path, values):
@@ -467,7 +505,7 @@ def test_recorded_attention_is_that_of_the_encoder(name, heads):
         encoder(image.flip(3))
     assert not torch.equal(tap.logits(), logits)
     encoder(image)
-    assert len(tap._logits) == 2, "nothing is recorded outside the context"
+    assert len(tap.pairs()) == 2, "nothing is recorded outside the context"
 
 
 def test_affinity_needs_attention():

@@ -144,6 +144,17 @@ def test_kernels_that_compute_something_else_are_not_offered(driver, monkeypatch
     )
     assert "differs" in energy_cuda_form.check(0)
     energy_cuda_form.check.cache_clear()
+    monkeypatch.setattr(
+        energy_cuda_form,
+        "launch",
+        lambda *given: (launch(*given), given[1].endswith("features") and given[-1][0].fill_(torch.nan)),
+    )
+    assert "nan" in energy_cuda_form.check(0)
+    energy_cuda_form.check.cache_clear()
+    monkeypatch.setattr(energy_cuda_form, "launch", lambda *given: [].pop())
+    assert "IndexError" in energy_cuda_form.check(0)
+    energy_cuda_form.check.cache_clear()
+    monkeypatch.setattr(energy_cuda_form, "launch", launch)
     driver.refuse = 700
     assert "refuses" in energy_cuda_form.check(0)
 

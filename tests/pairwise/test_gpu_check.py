@@ -20,7 +20,7 @@ def check(*arguments):
 
 @pytest.mark.slow
 def test_every_section_runs(tmp_path):
-    sections = ("pairwise", "energy", "step", "network")
+    sections = ("pairwise", "energy", "step", "network", "runtimes")
     done = check("--device", "cpu", "--only", *sections, "--json", str(tmp_path / "report.json"), "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Attention logits of an encoder's last blocks, recorded while it runs (AFA, arXiv 2203.02664)."""
+"""Attention of an encoder's last blocks, recorded while it runs (AFA, arXiv 2203.02664)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from timm.layers import Attention
+from timm.models import pvt_v2
 from torch import Tensor, nn
 
 from wsss_deploy.errors import RecipeError
@@ -14,10 +16,11 @@ from wsss_deploy.networks.encoder import Encoder
 
 
 class AttentionTap:
-    """Records q k^T, before scale and softmax, of the last attention layers that see one token per position.
+    """Records queries and keys of the last attention layers that see one token per position.
 
-    Plain ViTs (timm's `qkv` layers; class and register tokens are dropped) and PVTv2 without reduction (its last
-    stage's `q` and `kv`) are known. Use as a context manager around one forward pass, with gradient or without.
+    Known are timm's layer of plain ViTs (class and register tokens are dropped) and PVTv2's without reduction, in its
+    last stage; others add rotations, biases or windows that queries and keys do not show. Use as a context manager
+    around one forward pass, with gradient or without.
 
     Args:
         encoder: Its `model` is hooked while the context lasts.
@@ -38,11 +41,11 @@ class AttentionTap:
             )
         self._layers = found[-layers:]
         self._prefix = int(getattr(encoder.model, "num_prefix_tokens", 0))
-        self._logits: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._logits.clear()
+        self._pairs.clear()
         self._hooks = [layer.register_forward_hook(self._record, with_kwargs=False) for layer in self._layers]
         return self
 
@@ -57,9 +60,14 @@ class AttentionTap:
         """The factor that attention applies to `logits` before its softmax."""
         return float(self._layers[0].scale)  # type: ignore[arg-type]
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of each layer, (N, heads, n, d) each, n positions row by row."""
+        return list(self._pairs)
+
     def logits(self) -> Tensor:
-        """The recorded maps, heads of all layers side by side: (N, heads, n, n), n positions row by row."""
-        return torch.cat(self._logits, dim=1)
+        """Q k^T before scale and softmax, heads of all layers side by side: float32 (N, heads, n, n)."""
+        with torch.autocast(self._pairs[0][0].device.type, enabled=False):
+            return torch.cat([query.float() @ key.float().transpose(2, 3) for query, key in self._pairs], dim=1)
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tokens = inputs[0]
@@ -74,20 +82,18 @@ class AttentionTap:
                 query, key = (
                     getattr(layer, name)(part) if name[0] == kind else part for kind, part in (("q", query), ("k", key))
                 )
-        logits = query.float() @ key.float().transpose(2, 3)
-        self._logits.append(logits[:, :, self._prefix :, self._prefix :])
+        self._pairs.append((query[:, :, self._prefix :], key[:, :, self._prefix :]))
 
 
 def attention_layers(encoder: Encoder) -> list[nn.Module]:
     """Attention layers whose maps are square over positions, in the order of depth."""
-    return [module for module in encoder.model.modules() if hasattr(module, "num_heads") and _is_global(module)]
+    return [module for module in encoder.model.modules() if _is_known(module)]
 
 
-def _is_global(layer: nn.Module) -> bool:
-    if hasattr(layer, "qkv"):
-        return not hasattr(layer, "window_size")  # Swin's windows see a part of the positions
-    # PVTv2: without reduction keys are as many as queries.
-    return hasattr(layer, "kv") and hasattr(layer, "q") and getattr(layer, "sr", layer) is None
+def _is_known(layer: nn.Module) -> bool:
+    if isinstance(layer, pvt_v2.Attention):
+        return layer.sr is None  # without reduction keys are as many as queries
+    return type(layer) is Attention
 
 
 def count_heads(encoder: Encoder, layers: int = 2) -> int:

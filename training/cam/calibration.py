@@ -7,6 +7,8 @@ image's own classes vote once more (both from SFC, arXiv 2401.11719). docs/tags.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,86 +18,120 @@ from training.cam.prototypes import prototype_cosines, prototypes
 # Cosines with prototypes become probabilities at this temperature.
 _TEMPERATURE = 0.2
 _TINY = 1e-6
+# Positions whose weights to all others are there at a time.
+_BLOCK = 1024
 
 
-def along_attention(maps: Tensor, logits: Tensor, share: float) -> Tensor:
+def along_attention(maps: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scale: float, share: float) -> Tensor:
     """Mix maps with what attention brings to each position from all others.
+
+    Attention is averaged over heads and layers, made symmetric, and its columns are divided by their sums. It is
+    never there as a whole: memory grows with the positions, not with their square.
 
     Args:
         maps: Probabilities (N, C, h, w).
-        logits: Attention before its softmax, scaled, (N, heads, n, n), n = h * w. Its softmax is averaged over heads
-            and made symmetric; columns are divided by their sums.
+        pairs: Of each layer queries and keys, (N, heads, n, d) each, n = h * w.
+        scale: Factor of their product before the softmax.
         share: Of what attention brings, in [0, 1].
 
     Returns:
-        (N, C, h, w).
+        float32 (N, C, h, w).
     """
     if not share:
         return maps
-    attention = torch.zeros_like(logits[:, 0], dtype=torch.float32)
-    for head in logits.float().unbind(dim=1):  # one at a time: n * n is large
-        attention += head.softmax(dim=-1) / logits.shape[1]
-    return (1 - share) * maps + share * _carried(maps, attention + attention.transpose(1, 2))
+    with torch.autocast(maps.device.type, enabled=False):
+        flat = maps.float().flatten(2)
+        there, back = torch.zeros_like(flat), torch.zeros_like(flat)
+        received = flat.new_zeros(len(flat), flat.shape[2])
+        heads = sum(query.shape[1] for query, _ in pairs)
+        for queries, keys in pairs:
+            for query, key in zip(queries.float().unbind(1), keys.float().unbind(1), strict=True):
+                for rows in _blocks(flat.shape[2]):
+                    attention = (scale * query[:, rows] @ key.transpose(1, 2)).softmax(dim=-1) / heads
+                    there += flat[..., rows] @ attention
+                    back[..., rows] += flat @ attention.transpose(1, 2)
+                    received += attention.sum(dim=1)
+        # Of the transpose every column sums to 1.
+        carried = (there + back) / (received + 1)[:, None]
+        return ((1 - share) * flat + share * carried).reshape(maps.shape)
 
 
 def along_correlation(maps: Tensor, feature: Tensor, power: float, steps: int) -> Tensor:
     """Average maps over positions whose features are alike.
 
     `training.cam.prototypes.pixel_correlation` on a feature that nobody taught to tell classes apart: a power of the
-    cosine above 1 does in its place.
+    cosine above 1 does in its place. Memory grows with the positions, not with their square.
 
     Args:
         maps: Probabilities (N, C, h, w).
         feature: (N, D, h, w), of mean 0 over the data set: features of a frozen encoder all point in about one
-            direction, and what they differ by is what is left after it.
+            direction, and what they differ by is what is left after it. A position whose feature is zero is like
+            no other and keeps its probabilities.
         power: Of the positive part of the cosine.
-        steps: How often the average is taken.
+        steps: How often the average is taken; 0 gives the maps.
 
     Returns:
-        (N, C, h, w).
+        float32 (N, C, h, w).
     """
-    unit = F.normalize(feature, dim=1).flatten(2)
-    similarity = (unit.transpose(1, 2) @ unit).relu().pow(power)
-    for _ in range(steps):
-        maps = _carried(maps, similarity)
-    return maps
+    with torch.autocast(maps.device.type, enabled=False):
+        unit = F.normalize(feature.float(), dim=1).flatten(2)
+        flat, alone = maps.float().flatten(2), (unit == 0).all(dim=1, keepdim=True)
+        for _ in range(steps):
+            parts = []
+            for columns in _blocks(flat.shape[2]):
+                alike = (unit.transpose(1, 2) @ unit[..., columns]).relu_().pow_(power)
+                parts.append(flat @ alike / alike.sum(dim=1, keepdim=True).clamp(min=_TINY))
+            flat = torch.where(alone, flat, torch.cat(parts, dim=2))
+        return flat.reshape(maps.shape)
 
 
-def with_prototypes(maps: Tensor, feature: Tensor, sure: float, weight: float) -> Tensor:
+def with_prototypes(maps: Tensor, feature: Tensor, seeds: float, fusion: float) -> Tensor:
     """Mix maps with the similarity to the mean feature of each class's sure positions in the same image.
 
     Args:
         maps: Probabilities (N, C, h, w).
         feature: As in `along_correlation`.
-        sure: Least probability of a position that a prototype is made from. A class without any keeps its own
-            probabilities as they are; so do all others of its image, whose prototypes would share its positions.
-        weight: Of the prototypes' probabilities beside 1 of the maps'.
+        seeds: Least probability of a position that a prototype is made from. An image in which a possible class has
+            none stays as it is: the prototypes of the others would share its positions among them.
+        fusion: Weight of the prototypes' probabilities beside 1 of the maps'.
 
     Returns:
-        (N, C, h, w).
+        float32 (N, C, h, w).
     """
-    voted = prototype_maps(maps, feature, sure) if weight else None
+    voted = prototype_maps(maps, feature, seeds) if fusion else None
     if voted is None:
         return maps
     found, whole = voted
-    return torch.where(whole, (maps + weight * found) / (1 + weight), maps)
+    return torch.where(whole, (maps.float() + fusion * found) / (1 + fusion), maps.float())
 
 
-def prototype_maps(maps: Tensor, feature: Tensor, sure: float) -> tuple[Tensor, Tensor] | None:
-    """Probabilities of classes by prototypes alone, and in which images every possible class has one (N, 1, 1, 1)."""
-    value, best = maps.max(dim=1)
-    possible = maps.amax(dim=(2, 3)) > 0
-    seeds = F.one_hot(best, maps.shape[1]).movedim(-1, 1).to(maps.dtype) * (value > sure)[:, None]
-    seen = seeds.amax(dim=(2, 3)) > 0
-    if not bool(seen.any()):
-        return None
-    cosines = prototype_cosines(feature, prototypes(feature, seeds))
-    scores = (cosines / _TEMPERATURE).masked_fill(~seen[:, :, None, None], -torch.inf)
-    whole = (seen | ~possible).all(dim=1)[:, None, None, None]
-    return scores.softmax(dim=1).nan_to_num(), whole
+def prototype_maps(maps: Tensor, feature: Tensor, seeds: float) -> tuple[Tensor, Tensor] | None:
+    """Probabilities of classes by prototypes alone, and in which images every possible class has one.
+
+    Args:
+        maps: Probabilities (N, C, h, w).
+        feature: As in `along_correlation`.
+        seeds: As in `with_prototypes`.
+
+    Returns:
+        float32 (N, C, h, w), 0 for classes without a prototype, and bool (N, 1, 1, 1). None: no image has any.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        maps, feature = maps.float(), feature.float()
+        value, best = maps.max(dim=1)
+        possible = maps.amax(dim=(2, 3)) > 0
+        chosen = F.one_hot(best, maps.shape[1]).movedim(-1, 1).to(maps.dtype) * (value >= seeds)[:, None]
+        seen = chosen.amax(dim=(2, 3)) > 0
+        if not bool(seen.any()):
+            return None
+        cosines = prototype_cosines(feature, prototypes(feature, chosen))
+        scores = (cosines / _TEMPERATURE).masked_fill(~seen[:, :, None, None], -torch.inf)
+        whole = (seen | ~possible).all(dim=1)[:, None, None, None]
+        # An image without any prototype has nothing but minus infinity.
+        return scores.softmax(dim=1).nan_to_num(), whole
 
 
-def _carried(maps: Tensor, weights: Tensor) -> Tensor:
-    """Maps along (N, n, n) weights, whose columns are divided by their sums."""
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=_TINY)
-    return (maps.flatten(2) @ weights).reshape(maps.shape)
+def _blocks(count: int) -> Iterator[slice]:
+    """Positions in blocks."""
+    for start in range(0, count, _BLOCK):
+        yield slice(start, min(start + _BLOCK, count))

@@ -211,11 +211,19 @@ class TokenCams(CamModel):
             return maps
         return with_prototypes(maps, feature, calibration.seeds, calibration.fusion)
 
+    def _shares_the_last_grid(self, encoder: Encoder) -> bool:
+        """Whether the encoder's last blocks have attention over the positions of the CAM."""
+        strides = dict(zip(encoder.indices, encoder.reductions, strict=True))
+        last = max(encoder.indices)
+        # Blocks of a plain ViT, of which the encoder names four, share one grid; the stages of others differ.
+        same = len(set(strides.values())) == 1 or self.head.indices[0] == last
+        return same and bool(attention_layers(encoder))
+
     def _correlated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
         """The same before prototypes, and the positions' features (N, D, h, w), of mean 0 over the data set."""
         index, calibration = self.head.indices[0], self.settings.calibration
         tap, indices = None, [index]
-        if calibration is not None and calibration.attention and attention_layers(encoder):
+        if calibration is not None and calibration.attention and self._shares_the_last_grid(encoder):
             # The last blocks' attention: as far as the encoder goes.
             tap, indices = AttentionTap(encoder), [index, max(encoder.indices)]
         with tap or nullcontext():
@@ -227,9 +235,7 @@ class TokenCams(CamModel):
         if calibration is None:
             return found, feature
         if tap is not None:
-            logits = tap.logits() * tap.scale
-            if logits.shape[-1] == found[0, 0].numel():
-                found = along_attention(found, logits, calibration.attention)
+            found = along_attention(found, tap.pairs(), tap.scale, calibration.attention)
         return along_correlation(found, feature, calibration.power, calibration.steps), feature
 
 

@@ -18,19 +18,32 @@ ConsistencyMode = Literal["parity", "repaired"]
 CorrespondenceMode = Literal["parity", "repaired"]
 
 
-def draw_coordinates(count: int, samples: int, like: Tensor) -> Tensor:
+def draw_coordinates(count: int, samples: int, like: Tensor, valid: Tensor | None = None) -> Tensor:
     """Random sampling positions, uniform in [-1, 1].
 
     Args:
         count: Images N.
         samples: Points a side S.
         like: Gives device and type (float32 at least).
+        valid: bool (N, H, W), true inside a rectangle of each image, in which positions then lie. None: everywhere.
 
     Returns:
         (N, S, S, 2), (x, y).
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.rand(count, samples, samples, 2, device=like.device, dtype=dtype) * 2 - 1
+    found = torch.rand(count, samples, samples, 2, device=like.device, dtype=dtype)
+    if valid is not None:
+        # Centres of the outermost valid pixels, in x and y; an image without any is taken as a whole.
+        spans = []
+        for dim in (1, 2):
+            inside = valid.any(dim=dim)
+            inside = (inside | ~inside.any(dim=1, keepdim=True)).to(dtype)
+            last = inside.shape[1] - 1
+            low, high = inside.argmax(dim=1), last - inside.flip(1).argmax(dim=1)
+            spans.append(torch.stack([low, high]) / max(1, last))
+        low, high = torch.stack(spans, dim=2)[:, :, None, None].unbind(0)
+        found = low + found * (high - low)
+    return found * 2 - 1
 
 
 def sample_points(maps: Tensor, coordinates: Tensor) -> Tensor:
@@ -114,9 +127,11 @@ class SelfCorrespondenceLoss(nn.Module):
         super().__init__()
         self.samples, self.mode = samples, mode
 
-    def forward(self, cams: Tensor, small_cams: Tensor, logits: Tensor, small_logits: Tensor) -> Tensor:
-        """Scalar loss; arguments as in the function. Draws from torch's generator, the first view first."""
-        first, second = (draw_coordinates(len(logits), self.samples, logits) for _ in range(2))
+    def forward(
+        self, cams: Tensor, small_cams: Tensor, logits: Tensor, small_logits: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Scalar loss; arguments as in the functions. Draws from torch's generator, the first view first."""
+        first, second = (draw_coordinates(len(logits), self.samples, logits, valid) for _ in range(2))
         return self_correspondence_loss(cams, small_cams, logits, small_logits, first, second, self.mode)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from training.cam.head import CamHead, encode
 from training.cam.image_bank import ImageBank
+from training.cam.labels import present_cams
 from training.cam.prototypes import SharedFeatureHead, SharedFeatureMaps, fuse_kinds, fuse_scales
 from training.losses.shared_feature import (
     bank_term,
@@ -105,6 +107,14 @@ class ClassifierCams(CamMethod):
         """Multi-scale and flip CAMs at `settings.depth`; see `CamMethod.cams`."""
         return self.head.cams(encoder, image, self.settings.depth, self.settings.scales)
 
+    @torch.no_grad()
+    def class_maps(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """CAMs of present classes at one scale; see `CamModel.class_maps`.
+
+        A map of an absent class is noise, which normalisation raises to 1.
+        """
+        return present_cams(self.head.cams(encoder, image, self.settings.depth, (1.0,)), tags)
+
 
 class SharedFeatureCams(CamMethod):
     """SFC: classification on two views with an image bank, and its two consistency losses.
@@ -180,20 +190,28 @@ class SharedFeatureCams(CamMethod):
 
         The fused maps' foreground, divided by the peak that the release gives them (2 and 2 * fusion).
         """
-        smoothed, prototype = self._kinds(encoder, image, tags)
+        return self._fused(encoder, image, tags, self.settings.scales)
+
+    @torch.no_grad()
+    def class_maps(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
+        """Fused CAMs of present classes at one scale; see `CamModel.class_maps`."""
+        return present_cams(self._fused(encoder, image, tags, (1.0,)), tags)
+
+    def _fused(self, encoder: Encoder, image: Tensor, tags: Tensor, scales: Sequence[float]) -> Tensor:
+        smoothed, prototype = self._kinds(encoder, image, tags, scales)
         fused = fuse_kinds(smoothed, prototype, self.settings.fusion)
         return fused[:, 1:] / (2 + 2 * self.settings.fusion)
 
     @torch.no_grad()
     def prototype_cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
         """M_P over scales and flips; see `CamModel.prototype_cams`."""
-        return self._kinds(encoder, image, tags)[1][:, 1:] / 2
+        return self._kinds(encoder, image, tags, self.settings.scales)[1][:, 1:] / 2
 
-    def _kinds(self, encoder: Encoder, image: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
+    def _kinds(self, encoder: Encoder, image: Tensor, tags: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
         """M_W and M_P (N, K + 1, H, W) over scales and flips."""
         size = (image.shape[-2], image.shape[-1])
         kinds: list[list[Tensor]] = [[], []]
-        for scale in self.settings.scales:
+        for scale in scales:
             sides = [max(encoder.stride, round(scale * side / encoder.stride) * encoder.stride) for side in size]
             scaled = F.interpolate(image, size=sides, mode="bicubic", align_corners=False)
             both = torch.cat([scaled, scaled.flip(3)])

@@ -57,7 +57,7 @@ class PseudoLabels(Method):
         small = shrunk_view(batch.image, self.settings.small_view, network.stride)
         with torch.no_grad():
             maps, small_maps = (self.class_maps(view, batch.tags) for view in (batch.image, small))
-        loss: Tensor = self.correspondence(maps, small_maps, logits, network(small))
+        loss: Tensor = self.correspondence(maps, small_maps, logits, network(small), batch.valid)
         return loss
 
     def _labels(self, batch: Batch, progress: float) -> Tensor:

@@ -139,6 +139,8 @@ def _check(
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
         if tensor.dtype != probabilities.dtype:
             raise UsageError(f"{name} is {tensor.dtype}, probabilities are {probabilities.dtype}; convert one of them")
+        if tensor.device != probabilities.device:
+            raise UsageError(f"{name} is on {tensor.device}, probabilities on {probabilities.device}; move one of them")
     if compatibility is not None and (
         tuple(compatibility.shape) != (classes, classes) or compatibility.dtype != probabilities.dtype
     ):
