@@ -77,10 +77,7 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    stage = folder / STAGE / CHECKPOINT
-    if stage.is_file():
-        # Complete labels are not made again; that they are of this recipe's classifier has to be known all the same.
-        load_checkpoint(stage, _stage_recipe(recipe))
+    check_stage(recipe, folder)
     begin_labels(folder, label_key(settings.labels, settings.cams, recipe))
     wanted = source.splits[recipe.train_split] if names is None else names
     tagged = [name for name in wanted if source.tags(name) is not None]
@@ -90,7 +87,8 @@ def add_pseudo_labels(
     encoder, method = trained_classifier(recipe, source, folder, show)
     if card is not None:
         depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
-        save_cams(folder / CAMS, card, encoder, method.head, depth)
+        if not save_cams(folder / CAMS, card, encoder, method.head, depth):
+            _log.warning("%s: not written, as this encoder cannot be cut behind the map of the classifier", CAMS)
     rule = label_rule(settings.labels)
     make = sure_labels if method.knows_background else refined_labels
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
@@ -104,6 +102,24 @@ def add_pseudo_labels(
         if show and (done % max(1, len(missing) // 5) == 0 or done == len(missing)):
             _log.info("pseudo-labels: %d of %d images", done, len(missing))
     return labelled
+
+
+def check_stage(recipe: Recipe, folder: Path) -> None:
+    """See that a classifier that was begun is this recipe's.
+
+    Complete labels are not made again; that they are of the classifier that the recipe speaks of has to be known all
+    the same.
+
+    Args:
+        recipe: As in `add_pseudo_labels`.
+        folder: The run's.
+
+    Raises:
+        TrainingError: It is another recipe's; the differing keys are named.
+    """
+    path = folder / STAGE / CHECKPOINT
+    if path.is_file():
+        load_checkpoint(path, _stage_recipe(recipe))
 
 
 def begin_labels(folder: Path, key: str) -> None:

@@ -20,6 +20,8 @@ on the command line: --set optimisation.learning_rate=1e-4. The resolved recipe 
 examples:
   wsss-train photos --supervision scribbles --out runs/photos
   wsss-train photos --supervision points --weights none --iterations 2000 --out runs/scratch
+  wsss-train photos --supervision tags --set method.correspondence_weight=1 --out runs/tags
+  wsss-train photos --supervision tags --method tscd --out runs/tscd
   wsss-train photos --out runs/photos --resume
 """
 
@@ -31,7 +33,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--supervision",
         choices=["masks", "scribbles", "points", "tags", "auto"],
-        help="kind of label to train from; auto takes the densest that each image has (default)",
+        help="kind of label to train from; auto (default) takes the densest labels of pixels that each image has",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", help="YAML file, or name of a packaged recipe, whose values replace the defaults"
@@ -42,7 +44,7 @@ def _parser() -> ArgumentParser:
         "--weights", metavar="timm|none|PATH", help="the encoder's start: timm (download), none, or the path of a file"
     )
     parser.add_argument("--encoder", metavar="NAME", help="timm model name")
-    parser.add_argument("--iterations", type=int, metavar="N", help="optimiser steps")
+    parser.add_argument("--iterations", type=int, metavar="N", help="optimiser steps; from tags, of the segmenter")
     parser.add_argument(
         "--size",
         type=int,

@@ -60,10 +60,7 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    stage = folder / STAGE / CHECKPOINT
-    if stage.is_file():
-        # Complete labels are not made again; that they are of this recipe's classifier has to be known all the same.
-        load_checkpoint(stage, _what_the_stage_reads(recipe, settings))
+    check_carried(recipe, settings, folder)
     begin_labels(folder, f"{label_key(settings.labels, settings.tokens, recipe)} {settings.least}")
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
@@ -131,6 +128,17 @@ def add_propagated_labels(
 def _classes(labels: Labels) -> list[int]:
     found: list[int] = np.unique(labels[labels != IGNORE_INDEX]).tolist()
     return found
+
+
+def check_carried(recipe: Recipe, settings: PropagationSettings, folder: Path) -> None:
+    """See that classifiers in a run's folder are this recipe's; `training.cam_stage.check_stage`.
+
+    Raises:
+        TrainingError: They are another recipe's; the differing keys are named.
+    """
+    path = folder / STAGE / CHECKPOINT
+    if path.is_file():
+        load_checkpoint(path, _what_the_stage_reads(recipe, settings))
 
 
 def _merged(layers: Mapping[str, Labels], radius: int) -> Labels:

@@ -18,7 +18,7 @@ import torch
 
 from training.cam.artifact import save_cams
 from training.cam.pseudo_labels import PseudoLabelSource
-from training.cam_stage import STAGE, add_pseudo_labels, stage_maps
+from training.cam_stage import STAGE, add_pseudo_labels, check_stage, stage_maps
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
@@ -27,10 +27,10 @@ from training.methods import build_method
 from training.methods.settings import PartialCESettings, SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
-from training.propagation_stage import add_propagated_labels
+from training.propagation_stage import add_propagated_labels, check_carried
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
-from training.state import CHECKPOINT
+from training.state import CHECKPOINT, load_checkpoint
 from training.trainer import Trained, Trainer, device_and_precision
 from wsss_deploy import Segmenter
 from wsss_deploy.activation import CAMS
@@ -171,14 +171,24 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         sizing=Sizing(long_side=long_side or None),
         versions=versions(),
     )
+    if resume and (folder / CHECKPOINT).exists():
+        # Before anything is written: a recipe that does not fit must not take the place of the run's own.
+        load_checkpoint(folder / CHECKPOINT, recipe)
     if isinstance(recipe.method, TagsSettings):
+        check_stage(recipe, folder)
         _write_recipe(folder, recipe)
-        labelled = add_pseudo_labels(recipe, labelled, folder, show, card)
-        kinds = ("masks",)
+        pseudo = add_pseudo_labels(recipe, labelled, folder, show, card)
+        tagged = [name for name in names if "masks" in pseudo.kinds(name)]
+        if len(tagged) < len(names):
+            _log.warning(
+                "%s: %d of %d images have no tags and are left out", source.name, len(names) - len(tagged), len(names)
+            )
+        labelled, names, kinds = pseudo, tagged, ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
     dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
     settings = recipe.method
     if isinstance(settings, SparseSettings) and settings.propagate is not None:
+        check_carried(recipe, settings.propagate, folder)
         _write_recipe(folder, recipe)
         carried = add_propagated_labels(recipe, settings.propagate, labelled, dataset, folder, show)
         resume = resume and (folder / CHECKPOINT).exists()

@@ -20,6 +20,7 @@ from training.cam_stage import LABELS, STAGE, tag_counts
 from training.data.dataset import open_dataset
 from training.methods import Batch, build_method
 from training.methods.settings import MethodSettings
+from training.recipe import read_recipe
 from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
 from wsss_deploy.activation import CAMS
@@ -111,6 +112,43 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert result.trained.result.images == 3
     maps, _ = load_model(tmp_path / "run" / CAMS)
     assert maps.classes == card.classes
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(tagged, tmp_path, values):
+    folder = tmp_path / "run"
+    values["method"] = {"name": "tags", "cams": TOKENS}
+    whole = load_model(train(tagged, folder, values).model)[1]
+    (folder / "model.pt").unlink()
+    for changed in ({"labels": {"sure": 0.3}}, {"cams": TOKENS | {"rounds": 2}}):
+        with pytest.raises(TrainingError, match="another recipe"):
+            train(tagged, folder, values | {"method": values["method"] | changed}, resume=True)
+    again = load_model(train(tagged, folder, read_recipe(folder / "recipe.yaml"), resume=True).model)[1]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_background_among_tags_says_nothing(tagged, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tagged, data)
+    tags = json.loads((data / "tags.json").read_text())
+    (data / "tags.json").write_text(json.dumps({name: [0, *kinds] for name, kinds in tags.items()}))
+    source = open_dataset(data)
+    assert source.tags("scene1") == (1,)
+    assert source.tags("scene0") == ()
+
+
+def test_tags_alone_are_no_labels_of_pixels(tagged, tmp_path, values):
+    data = tmp_path / "data"
+    shutil.copytree(tagged, data)
+    shutil.rmtree(data / "masks")
+    source = open_dataset(data)
+    with pytest.raises(DataError, match="6 have tags: use --supervision tags"):
+        run(resolve_recipe(source, "auto", [values]), source, tmp_path / "run", show=False)
+
+
+def test_the_depth_of_the_cam_has_a_classifier(tagged, values):
+    chosen = {"method": {"name": "tags", "cams": {"kind": "classifier", "depth": 0.5}}}
+    with pytest.raises(RecipeError, match=r"depth is 0.5, depths are \(1.0,\)"):
+        resolve_recipe(open_dataset(tagged), "tags", [values, chosen])
 
 
 @pytest.mark.parametrize(

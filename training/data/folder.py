@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PIXEL_KINDS, counted
+from training.data.dataset import PIXEL_KINDS, counted, has_background
 from training.data.files import FileSource
 from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines
 from wsss_deploy.card import IGNORE_INDEX
@@ -101,7 +101,9 @@ class FolderSource(FileSource):
             if unknown:
                 expected = f"expected ids below {len(self.classes)} or names of classes.txt"
                 self._problem("tags.json", f"'{name}' has the unknown tag {', '.join(unknown)}; {expected}")
-            tags[name] = tuple(sorted({index for index in ids if index is not None}))
+            # The background is in every image, whether or not somebody says so.
+            left_out = {None, 0} if has_background(self.classes) else {None}
+            tags[name] = tuple(sorted({index for index in ids if index is not None} - left_out))
         return tags
 
     def _class_id(self, value: object) -> int | None:

@@ -136,7 +136,9 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         self.names = tuple(name for name in names if source.kinds(name) & self._asked)
         what = "labels" if kinds == "auto" else " or ".join(kinds)
         if not self.names:
-            raise DataError(f"{source.name}: none of {len(names)} images has {what}; add them or choose another kind")
+            tagged = sum(source.tags(name) is not None for name in names)
+            hint = f"{tagged} have tags: use --supervision tags" if tagged else "add them or choose another kind"
+            raise DataError(f"{source.name}: none of {len(names)} images has {what}; {hint}")
         if len(self.names) < len(names):
             _log.warning(
                 "%s: %d of %d images have no %s and are left out",

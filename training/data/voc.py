@@ -20,7 +20,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import Problem, counted
+from training.data.dataset import Problem, counted, has_background
 from training.data.files import FileSource
 from training.data.folder import read_classes
 from training.data.rasterise import draw_polyline
@@ -86,7 +86,8 @@ class VocSource(FileSource):
         if name not in self._tags:
             path = self._boxes[name]
             names = [item.findtext("name", "").strip() for item in parse_xml(path).iter("object")]
-            self._tags[name] = tuple(sorted({self._class_id(label, path) for label in names}))
+            left_out = {0} if has_background(self.classes) else set[int]()
+            self._tags[name] = tuple(sorted({self._class_id(label, path) for label in names} - left_out))
         return self._tags[name]
 
     def _draw_scribbles(self, path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -82,9 +82,11 @@ class Method(nn.Module, ABC):
 
     Attributes:
         needs_teacher: Whether the method asks for the moving average of the network.
+        teacher_option: Key of the recipe that makes it ask.
     """
 
     needs_teacher = False
+    teacher_option = "method.teacher"
     # In a tuple, so that it is no submodule: the trainer updates and checkpoints it, not this method.
     _teacher: tuple[SegmentationNetwork, ...] = ()
 
@@ -99,7 +101,9 @@ class Method(nn.Module, ABC):
         """
         if network is None:
             if self.needs_teacher:
-                raise RecipeError(["method.teacher: needs a moving average; set optimisation.ema above 0, say 0.99"])
+                raise RecipeError(
+                    [f"{self.teacher_option}: needs a moving average; set optimisation.ema above 0, say 0.99"]
+                )
             return
         if self.needs_teacher:
             self._teacher = (network.eval(),)

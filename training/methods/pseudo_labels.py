@@ -28,6 +28,8 @@ class PseudoLabels(Method):
         RecipeError: Self correspondence is asked for and there is no classifier whose maps it could follow.
     """
 
+    teacher_option = "method.correction"
+
     def __init__(self, settings: TagsSettings, context: MethodContext) -> None:
         super().__init__()
         self.settings, self.preprocessing = settings, context.preprocessing

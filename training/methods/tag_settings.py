@@ -32,6 +32,12 @@ class CamSettings(_Strict):
     pooling: Share = 0.1
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0, 0.75, 1.25)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.depth not in self.depths:
+            raise ValueError(f"depth is {self.depth}, depths are {self.depths}; expected one of these")
+        return self
+
 
 class CalibrationSettings(_Strict):
     """Probabilities of positions, mixed with what the encoder says of the same image (`training.cam.calibration`).
