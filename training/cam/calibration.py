@@ -2,7 +2,7 @@
 
 Three published parts, in the form in which they need no training of the encoder: probabilities travel along attention
 (affinity from attention, AFA, arXiv 2203.02664) and along the correlation of shared features, and prototypes of the
-image's own classes vote once more (both from SFC, arXiv 2401.11719). docs/tags.md says what each of them adds.
+image's own classes vote once more (both from SFC, arXiv 2401.11719). What they add: docs/results.md.
 """
 
 from __future__ import annotations
