@@ -245,7 +245,8 @@ def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
         cams = cams.model_copy(update={"scales": (1.0,), "calibration": None})
         return type(settings)(cams=cams, cam_long_side=settings.cam_long_side)
     if isinstance(cams, CamSettings):
-        cams = CamSettings(depths=cams.depths, pooling=cams.pooling)
+        # Which of the depths gives the CAM may change; it has to be one of them.
+        cams = CamSettings(depths=cams.depths, depth=cams.depths[-1], pooling=cams.pooling)
     else:
         cams = cams.model_copy(update={"fusion": 0.7, "scales": (1.0,)})
     return type(settings)(

@@ -145,6 +145,16 @@ def test_tags_alone_are_no_labels_of_pixels(tagged, tmp_path, values):
         run(resolve_recipe(source, "auto", [values]), source, tmp_path / "run", show=False)
 
 
+def test_the_depth_of_the_cam_may_change_after_the_classifiers_are_trained(tagged, tmp_path, values):
+    folder = tmp_path / "run"
+    values["method"] = two_stages(cams={"kind": "classifier", "depths": [0.5, 0.75], "depth": 0.5, "scales": [1.0]})
+    train(tagged, folder, values)
+    for name in (CHECKPOINT, "model.pt"):
+        (folder / name).unlink()
+    values["method"]["cams"] |= {"depth": 0.75}
+    assert train(tagged, folder, values, resume=True).trained.result.images == 3
+
+
 def test_the_depth_of_the_cam_has_a_classifier(tagged, values):
     chosen = {"method": {"name": "tags", "cams": {"kind": "classifier", "depth": 0.5}}}
     with pytest.raises(RecipeError, match=r"depth is 0.5, depths are \(1.0,\)"):
