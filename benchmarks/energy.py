@@ -113,11 +113,24 @@ def measure_form(form: str, size: int, repeats: int) -> dict[str, Any]:
     return {"form": form, "size": size, "cpu_s": min(seconds), "peak_mb": peak / 1e6, "value": value, "norm": norm}
 
 
+def sparse_batch(side: int, device="cpu"):
+    """Eight random images of which one pixel in fifty has a label."""
+    import torch
+
+    from training.methods import Batch
+
+    labels = torch.where(torch.rand(8, side, side) < 0.02, torch.randint(CLASSES, (8, side, side)), 255)
+    valid = torch.ones(8, side, side, dtype=torch.bool)
+    unknown, labelled = torch.full((8, CLASSES), torch.nan), torch.ones(8, CLASSES, dtype=torch.bool)
+    parts = (torch.randn(8, 3, side, side), labels, valid, unknown, labelled)
+    return Batch(*(part.to(device) for part in parts))
+
+
 def measure_step(strides: tuple[int, ...], repeats: int) -> dict[str, Any]:
     """CPU seconds of training steps without the loss and with it at each stride, in turn."""
     import torch
 
-    from training.methods import Batch, build_method
+    from training.methods import build_method
     from training.methods.settings import GatedCRFSettings, PartialCESettings
     from training.optimiser import build_optimizer
     from training.recipe import Optimisation, build_recipe
@@ -136,10 +149,7 @@ def measure_step(strides: tuple[int, ...], repeats: int) -> dict[str, Any]:
     methods = {name: build_method(chosen, CLASSES, preprocessing) for name, chosen in settings.items()}
     optimizer = build_optimizer(network.encoder, [network.decoder], Optimisation())
     fabric = make_fabric(build_recipe({"device": "cpu", "method": {"name": "gated_crf"}}))
-    labels = torch.where(torch.rand(8, 256, 256) < 0.02, torch.randint(CLASSES, (8, 256, 256)), 255)
-    valid = torch.ones(8, 256, 256, dtype=torch.bool)
-    unknown, labelled = torch.full((8, CLASSES), torch.nan), torch.ones(8, CLASSES, dtype=torch.bool)
-    batch = Batch(torch.randn(8, 3, 256, 256), labels, valid, unknown, labelled)
+    batch = sparse_batch(256)
 
     def step(method):
         started = time.process_time()

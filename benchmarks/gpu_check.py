@@ -33,8 +33,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import energy as energy_benchmark
+from benchmarks.pairwise import unfold_refine
 from training.losses import Kernel, gated_crf_loss
-from training.methods import Batch, build_method
+from training.methods import build_method
 from training.methods.settings import GatedCRFSettings, PartialCESettings
 from training.optimiser import build_optimizer
 from training.recipe import Optimisation
@@ -166,35 +167,13 @@ def pairwise_rows(machine: Machine) -> Iterator[Row]:
         yield Row("pairwise", "ours, in a CUDA graph", text, "<= 1e-6", difference <= 1e-6)
     plain = {
         "reference, torch": lambda: reference.refine(masks, guide, PARAMETERS),
-        "unfold form, torch": lambda: _unfold_refine(masks, guide),
+        "unfold form, torch": lambda: unfold_refine(masks, guide, PARAMETERS),
     }
     if machine.gpu:
         compiled = torch.compile(lambda m, g: reference.refine(m, g, PARAMETERS))
         plain["torch.compile of the reference"] = lambda: compiled(masks, guide)
     for name, run in plain.items():
         yield Row("pairwise", name, f"{machine.milliseconds(run, 5):.3f} ms, {machine.peak_mb(run):.0f} MB")
-
-
-def _unfold_refine(masks: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-    """The usual form, which materialises (N, C, K, H, W)."""
-
-    def neighbours(values: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = values.shape
-        parts = []
-        for dilation in PARAMETERS.dilations:
-            nine = F.unfold(F.pad(values, (dilation,) * 4, mode="replicate"), 3, dilation=dilation)
-            nine = nine.view(batch, channels, 9, height, width)
-            parts.append(nine[:, :, [0, 1, 2, 3, 5, 6, 7, 8]])
-        return torch.cat(parts, 2)
-
-    around = neighbours(guide)
-    ratio = (around - guide[:, :, None]) / (around.std(2, keepdim=True) + 1e-8) / PARAMETERS.contrast
-    weights = (-(ratio**2)).mean(1).softmax(1)
-    position = torch.tensor(PARAMETERS.position_weights(), device=masks.device)[None, :, None, None]
-    weights = weights + PARAMETERS.second * position
-    for _ in range(PARAMETERS.iterations):
-        masks = (neighbours(masks) * weights[:, None]).sum(2)
-    return masks
 
 
 def energy_rows(machine: Machine) -> Iterator[Row]:
@@ -240,14 +219,7 @@ def step_rows(machine: Machine) -> Iterator[Row]:
         network = build_network(Architecture(encoder=encoder), 21, weights="none").train().to(machine.device)
         preprocessing = encoder_preprocessing(encoder, {})
         optimiser = build_optimizer(network.encoder, [network.decoder], Optimisation())
-        labels = torch.where(torch.rand(8, side, side) < 0.02, torch.randint(21, (8, side, side)), 255)
-        batch = Batch(
-            torch.randn(8, 3, side, side).to(machine.device),
-            labels.to(machine.device),
-            torch.ones(8, side, side, dtype=torch.bool, device=machine.device),
-            torch.full((8, 21), torch.nan, device=machine.device),
-            torch.ones(8, 21, dtype=torch.bool, device=machine.device),
-        )
+        batch = energy_benchmark.sparse_batch(side, machine.device)
         times = {}
         for name, settings in (("without", PartialCESettings()), ("with", GatedCRFSettings(stride=4, start=0.0))):
             method = build_method(settings, 21, preprocessing).to(machine.device)

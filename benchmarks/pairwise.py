@@ -45,11 +45,10 @@ def problem(height: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarr
     return masks, np.ascontiguousarray(guide)
 
 
-def unfold_form(masks: np.ndarray, guide: np.ndarray, parameters: PairwiseParameters) -> Runner:
+def unfold_refine(masks, guide, parameters: PairwiseParameters):
+    """Refined masks of tensors on any device, the plain way: (N, C, K, H, W) is there as a whole."""
     import torch
     from torch.nn import functional as F
-
-    torch.set_num_threads(1)
 
     def neighbours(values):
         batch, channels, height, width = values.shape
@@ -60,18 +59,21 @@ def unfold_form(masks: np.ndarray, guide: np.ndarray, parameters: PairwiseParame
             parts.append(nine[:, :, [0, 1, 2, 3, 5, 6, 7, 8]])
         return torch.cat(parts, 2)
 
-    def run():
-        image, result = torch.from_numpy(guide), torch.from_numpy(masks)
-        around = neighbours(image)
-        deviation = around.std(2, keepdim=True) + 1e-8
-        ratio = (around - image[:, :, None]) / deviation / parameters.contrast
-        weights = (-(ratio**2)).mean(1).softmax(1)
-        weights = weights + parameters.second * torch.tensor(parameters.position_weights())[None, :, None, None]
-        for _ in range(parameters.iterations):
-            result = (neighbours(result) * weights[:, None]).sum(2)
-        return result.numpy()
+    around = neighbours(guide)
+    ratio = (around - guide[:, :, None]) / (around.std(2, keepdim=True) + 1e-8) / parameters.contrast
+    weights = (-(ratio**2)).mean(1).softmax(1)
+    position = torch.tensor(parameters.position_weights(), device=masks.device)
+    weights = weights + parameters.second * position[None, :, None, None]
+    for _ in range(parameters.iterations):
+        masks = (neighbours(masks) * weights[:, None]).sum(2)
+    return masks
 
-    return run
+
+def unfold_form(masks: np.ndarray, guide: np.ndarray, parameters: PairwiseParameters) -> Runner:
+    import torch
+
+    torch.set_num_threads(1)
+    return lambda: unfold_refine(torch.from_numpy(masks), torch.from_numpy(guide), parameters).numpy()
 
 
 def compiled_form(threads: int) -> Callable[..., Runner]:

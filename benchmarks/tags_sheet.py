@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.best_and_worst import image_miou
-from training.cam.labels import refined_labels, sure_labels
+from training.cam.labels import presence, present_cams, refined_labels, sure_labels
 from training.cam.pseudo_labels import network_image, pseudo_label
 from training.cam_stage import long_side_of, trained_classifier, whole_image_cams
 from training.contact_sheet import SheetRow, contact_sheet
@@ -30,6 +30,12 @@ from wsss_deploy.networks import encoder_preprocessing
 
 # Least median over the images of what the prediction reaches.
 GOAL = 0.5
+
+
+def shown(cams: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """CAMs (1, K, h, w) as `SheetRow.maps` wants them: float32 (K + 1, *size), the background's map 0."""
+    raised = F.interpolate(cams, size=size, mode="bilinear", align_corners=False)
+    return F.pad(raised, (0, 0, 0, 0, 1, 0))[0].numpy()
 
 
 def main() -> int:
@@ -61,19 +67,11 @@ def main() -> int:
         view = network_image(image, long_side_of(recipe), preprocessing)
         cams = whole_image_cams(encoder, method, view, tags).cpu()
         label = pseudo_label(image, cams, tags, label_rule(recipe.method.labels), make)
-        present = torch.zeros(1, cams.shape[1], 1, 1)
-        present[0, [tag - 1 for tag in tags]] = 1
+        present, device = presence(tags, cams.shape[1]), next(method.parameters()).device
         # Without a sure position there are no prototypes; some kinds of CAMs have none at all.
-        device = next(method.parameters()).device
-        prototypes = method.prototype_cams(encoder, view.to(device), present[:, :, 0, 0].to(device))
+        prototypes = method.prototype_cams(encoder, view.to(device), present.to(device))
         found = {"CAM": cams, "Prototype CAM": torch.zeros_like(cams) if prototypes is None else prototypes.cpu()}
-        maps = {
-            title: F.pad(
-                F.interpolate(part.float() * present, size=image.shape[:2], mode="bilinear", align_corners=False),
-                (0, 0, 0, 0, 1, 0),
-            )[0].numpy()
-            for title, part in found.items()
-        }
+        maps = {title: shown(present_cams(part.float(), present), image.shape[:2]) for title, part in found.items()}
         prediction = segmenter.predict(image).mask
         rows.append(SheetRow(image, label, prediction, source.load_labels(name, "masks"), maps))
     median = float(np.median(list(scores.values())))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.cam.artifact import save_cams
 from training.cam.head import freeze
-from training.cam.labels import refined_labels, sure_labels
+from training.cam.labels import presence, refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
 from training.cam.tokens import TokenCams
 from training.data.dataset import DataSource
@@ -77,7 +77,6 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    check_stage(recipe, folder)
     begin_labels(folder, label_key(settings.labels, settings.cams, recipe))
     wanted = source.splits[recipe.train_split] if names is None else names
     tagged = [name for name in wanted if source.tags(name) is not None]
@@ -107,8 +106,8 @@ def add_pseudo_labels(
 def check_stage(recipe: Recipe, folder: Path) -> None:
     """See that a classifier that was begun is this recipe's.
 
-    Complete labels are not made again; that they are of the classifier that the recipe speaks of has to be known all
-    the same.
+    Complete labels are not made again, and then `add_pseudo_labels` does not look at the classifier: to be called
+    before it where a run goes on.
 
     Args:
         recipe: As in `add_pseudo_labels`.
@@ -298,6 +297,5 @@ def whole_image_cams(encoder: Encoder, method: CamModel, image: Tensor, tags: Se
         float32 (1, K, H, W) in [0, 1].
     """
     parameter = next(method.parameters())
-    present = torch.zeros(1, method.classes, device=parameter.device)
-    present[0, [tag - 1 for tag in tags]] = 1
+    present = presence(tags, method.classes).to(parameter.device)
     return method.cams(encoder, image.to(parameter.device), present).float()

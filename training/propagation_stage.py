@@ -60,7 +60,6 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    check_carried(recipe, settings, folder)
     begin_labels(folder, f"{label_key(settings.labels, settings.tokens, recipe)} {settings.least}")
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:

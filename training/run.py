@@ -30,7 +30,7 @@ from training.methods.tscd import TSCD
 from training.propagation_stage import add_propagated_labels, check_carried
 from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
-from training.state import CHECKPOINT, load_checkpoint
+from training.state import CHECKPOINT
 from training.trainer import Trained, Trainer, device_and_precision
 from wsss_deploy import Segmenter
 from wsss_deploy.activation import CAMS
@@ -171,9 +171,6 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         sizing=Sizing(long_side=long_side or None),
         versions=versions(),
     )
-    if resume and (folder / CHECKPOINT).exists():
-        # Before anything is written: a recipe that does not fit must not take the place of the run's own.
-        load_checkpoint(folder / CHECKPOINT, recipe)
     if isinstance(recipe.method, TagsSettings):
         check_stage(recipe, folder)
         _write_recipe(folder, recipe)
@@ -294,6 +291,8 @@ def _claim(folder: Path, resume: bool) -> None:
 
 
 def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    if (folder / CHECKPOINT).exists():
+        return  # the training's own stays; the trainer sees whether it is this one
     with atomic_write(folder / RECIPE) as file:
         file.write(dump_recipe(recipe).encode())
 

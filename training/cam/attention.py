@@ -65,7 +65,7 @@ class AttentionTap:
         return list(self._pairs)
 
     def logits(self) -> Tensor:
-        """Q k^T before scale and softmax, heads of all layers side by side: float32 (N, heads, n, n)."""
+        """Products of both before scale and softmax, heads of all layers side by side: float32 (N, heads, n, n)."""
         with torch.autocast(self._pairs[0][0].device.type, enabled=False):
             return torch.cat([query.float() @ key.float().transpose(2, 3) for query, key in self._pairs], dim=1)
 

@@ -6,6 +6,7 @@ background's score: where no present class scores higher, the label is 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,21 @@ from torch.nn import functional as F
 from wsss_deploy.card import IGNORE_INDEX, Preprocessing
 from wsss_deploy.pairwise import PairwiseParameters, refine
 from wsss_deploy.pairwise.guides import Guide, opponent_guide
+
+
+def presence(tags: Sequence[int], classes: int) -> Tensor:
+    """Which classes an image's tags name.
+
+    Args:
+        tags: Class ids, without the background's.
+        classes: Foreground classes K.
+
+    Returns:
+        float32 (1, K), 1 where present.
+    """
+    present = torch.zeros(1, classes)
+    present[0, [tag - 1 for tag in tags]] = 1
+    return present
 
 
 def present_cams(cams: Tensor, tags: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.cam.labels import LabelRule, refined_labels
+from training.cam.labels import LabelRule, presence, refined_labels
 from training.data.dataset import Color, DataSource
 from wsss_deploy.card import Preprocessing, palette_bytes
 from wsss_deploy.errors import DataError
@@ -59,11 +59,9 @@ def pseudo_label(
         uint8 (H, W), 255 = ignore.
     """
     size = image.shape[:2]
-    present = torch.zeros(1, cams.shape[1])
-    present[0, [tag - 1 for tag in tags]] = 1
     guide = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     raised = F.interpolate(cams.float(), size=size, mode="bilinear", align_corners=False)
-    labels = make(guide, raised, present, torch.ones(1, *size, dtype=torch.bool), rule)
+    labels = make(guide, raised, presence(tags, cams.shape[1]), torch.ones(1, *size, dtype=torch.bool), rule)
     return labels[0].numpy().astype(np.uint8)
 
 

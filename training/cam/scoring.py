@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.nn import functional as F
 
-from training.cam.labels import plain_labels, present_cams
+from training.cam.labels import plain_labels, presence, present_cams
 from training.cam.pseudo_labels import PseudoLabelSource, network_image
 from training.cam_stage import long_side_of, trained_classifier, whole_image_cams
 from training.data.dataset import DataSource
@@ -68,10 +67,9 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
         with autocast():
             cams = whole_image_cams(encoder, method, view, tags).cpu()
         cams = F.interpolate(cams, size=truth.shape, mode="bilinear", align_corners=False)
-        present = torch.zeros(1, cams.shape[1])
-        present[0, [tag - 1 for tag in tags]] = 1
+        own = present_cams(cams, presence(tags, cams.shape[1]))
         for evaluator, background in zip(evaluators, BACKGROUNDS, strict=True):
-            labels = plain_labels(present_cams(cams, present), background)
+            labels = plain_labels(own, background)
             evaluator.update(labels[0].numpy().astype(np.uint8), truth)
     scores = [evaluator.result().miou for evaluator in evaluators]
     best = int(np.argmax(scores))

@@ -213,10 +213,8 @@ class TokenCams(CamModel):
 
     def _shares_the_last_grid(self, encoder: Encoder) -> bool:
         """Whether the encoder's last blocks have attention over the positions of the CAM."""
-        strides = dict(zip(encoder.indices, encoder.reductions, strict=True))
-        last = max(encoder.indices)
-        # Blocks of a plain ViT, of which the encoder names four, share one grid; the stages of others differ.
-        same = len(set(strides.values())) == 1 or self.head.indices[0] == last
+        # Blocks of a plain ViT share one grid; the stages of others differ.
+        same = len(set(encoder.reductions)) == 1 or self.head.indices[0] == max(encoder.indices)
         return same and bool(attention_layers(encoder))
 
     def _correlated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +226,10 @@ class TokenCams(CamModel):
             tap, indices = AttentionTap(encoder), [index, max(encoder.indices)]
         with tap or nullcontext():
             maps = encode(encoder, view, indices)
-        normalise, _ = self.head.layers
-        odds = self.head(maps)[index].float()
-        scores = F.pad(odds, (0, 0, 0, 0, 1, 0)).masked_fill(~possible[:, :, None, None], -torch.inf)
-        found, feature = scores.softmax(dim=1), normalise(maps[index]).float()
+        normalise, classifier = self.head.layers
+        feature = normalise(maps[index])
+        odds = F.pad(classifier(feature).float(), (0, 0, 0, 0, 1, 0))
+        found, feature = odds.masked_fill(~possible[:, :, None, None], -torch.inf).softmax(dim=1), feature.float()
         if calibration is None:
             return found, feature
         if tap is not None:

@@ -58,13 +58,7 @@ class CamModel(nn.Module, ABC):
     def class_maps(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
         """Maps whose vectors tell positions of one class from those of others, for self correspondence.
 
-        Args:
-            encoder: In evaluation mode.
-            image: Normalised (N, 3, H, W).
-            tags: (N, K), 1 where present.
-
-        Returns:
-            (N, any number, any size), at least 0; the CAMs, where a kind has nothing better.
+        Args as in `cams`; returns (N, any number, any size), at least 0. The CAMs, where a kind has nothing better.
         """
         return self.cams(encoder, image, tags)
 
