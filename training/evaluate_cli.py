@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import track
@@ -15,14 +15,25 @@ from rich.progress import track
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.errors import DataError
 
+if TYPE_CHECKING:
+    from training.data.dataset import DataSource
+
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         "wsss-evaluate", "Per-class IoU, boundary IoU, Dice and mIoU of a model on a split, at native size."
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model.pt or model.onnx")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="model.pt or model.onnx; with --first-stage the folder of a run"
+    )
     parser.add_argument("data", type=Path, metavar="DATA", help="data set folder with masks for the split")
     parser.add_argument("--split", required=True, help="name of the split, for example val")
+    parser.add_argument(
+        "--first-stage",
+        action="store_true",
+        help="instead of a model, what a run from image tags made on its way: class activation maps (with the images' "
+        "tags, without refinement, at the background score that is best on these very images) and pseudo-labels",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_refinement()
@@ -40,6 +51,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = [name for name in split_names(source, arguments.split) if "masks" in source.kinds(name)]
     if not names:
         raise DataError(f"{source.name}: no image of split '{arguments.split}' has a mask; evaluation needs masks")
+    if arguments.first_stage:
+        found = _first_stage(arguments.model, source, names)
+        print(json.dumps(found) if arguments.json else _told(found))
+        return 0
     segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine)
     console = Console(file=sys.stderr)
     progress = iter(track(range(len(names)), "evaluating", console=console, disable=not console.is_terminal))
@@ -48,6 +63,39 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     next(progress, None)
     print(json.dumps(result.to_plain()) if arguments.json else result.table())
     return 0
+
+
+def _first_stage(folder: Path, source: DataSource, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    from training.cam.pseudo_labels import PseudoLabelSource
+    from training.cam.scoring import score_cams, score_labels
+    from training.cam_stage import LABELS, STAGE
+    from training.recipe import build_recipe, read_recipe
+    from training.run import RECIPE
+    from training.state import CHECKPOINT
+
+    if not (folder / RECIPE).is_file() or not (folder / STAGE / CHECKPOINT).is_file():
+        raise DataError(
+            f"{folder} holds no {RECIPE} with {STAGE}/{CHECKPOINT}: --first-stage takes the folder (--out) of a "
+            "training from image tags that has a first stage, so not of tscd"
+        )
+    found = {}
+    if tagged := [name for name in names if source.tags(name) is not None]:
+        recipe = build_recipe(read_recipe(folder / RECIPE), str(folder / RECIPE))
+        found["class activation maps"] = score_cams(source, recipe, folder, tagged)
+    labels = PseudoLabelSource(source, folder / LABELS)
+    if labelled := [name for name in names if labels.path(name).is_file()]:  # training images alone have one
+        found["pseudo-labels"] = score_labels(source, folder / LABELS, labelled)
+    if not found:
+        raise DataError(f"{source.name}: no image with a mask has tags or a pseudo-label; is the split the right one?")
+    return found
+
+
+def _told(found: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for name, row in found.items():
+        extra = f"background {row['background']}" if "background" in row else f"{100 * row['sure']:.1f} % of pixels"
+        lines.append(f"{name}: mIoU {row['miou']:.4f} ({extra}, {row['images']} images)")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -18,6 +18,7 @@ from training.cam.pseudo_labels import write_label
 from training.cam.scoring import BACKGROUNDS, score_cams, score_labels
 from training.cam_stage import LABELS, STAGE, tag_counts
 from training.data.dataset import open_dataset
+from training.evaluate_cli import main as evaluate_command
 from training.methods import Batch, build_method
 from training.methods.settings import MethodSettings
 from training.recipe import read_recipe
@@ -614,3 +615,36 @@ def test_scores_of_cams_and_pseudo_labels(tagged, tmp_path, values):
     exact = score_labels(source, truth, names)
     assert exact["miou"] == 1
     assert exact["sure"] == pytest.approx(1 - 2 / SIZE)
+
+
+def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys):
+    data, folder, values = tmp_path / "data", tmp_path / "run", values | {"method": two_stages()}
+    shutil.copytree(tagged, data)
+    train(data, folder, values)
+    # Masks of training images, which no training reads: two of them the very pseudo-labels, a third is another class.
+    masks = {name: np.asarray(Image.open(folder / LABELS / f"{name}.png")) for name in ("scene0", "scene1")}
+    masks["scene2"] = np.full((SIZE, SIZE), 3, np.uint8)
+    for name, mask in masks.items():
+        Image.fromarray(mask).save(data / "masks" / f"{name}.png")
+    source, names = open_dataset(data), sorted(masks)
+
+    def told(folder, split, *options):
+        with pytest.raises(SystemExit) as stop:
+            evaluate_command([str(folder), str(data), "--first-stage", "--split", split, *options])
+        return stop.value.code, capsys.readouterr()
+
+    code, out = told(folder, "train", "--json")
+    assert code == 0
+    found = json.loads(out.out)
+    assert found["class activation maps"] == score_cams(source, resolve_recipe(source, "tags", [values]), folder, names)
+    assert found["pseudo-labels"] == score_labels(source, folder / LABELS, names)
+    assert 0 < found["pseudo-labels"]["miou"] < 1
+    code, out = told(folder, "train")
+    assert code == 0
+    assert "pseudo-labels: mIoU 0." in out.out
+    code, out = told(folder, "val")
+    assert code == 1
+    assert "no image with a mask has tags or a pseudo-label" in out.err
+    code, out = told(data, "train")
+    assert code == 1
+    assert "takes the folder (--out) of a training from image tags" in out.err
