@@ -57,6 +57,23 @@ def test_fused_refinement_equals_affinity_and_steps(case, scene, isa):
     np.testing.assert_array_equal(fused, masks)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(("dilations", "iterations"), [((1, 2), 7), ((1, 5), 10)])
+def test_several_steps_in_one_pass_equal_steps_in_turn(scene, isa, threads, dilations, iterations):
+    # Tall enough that every thread goes on some steps ahead of its neighbours, and not all.
+    parameters = PairwiseParameters(dilations=dilations, iterations=iterations)
+    data = scene(height=97, width=19, channels=4, dtype=np.float32)
+    fused, masks = np.empty_like(data.masks), data.masks
+    native.refine(parameters, data.masks, data.guide, None, fused, threads, isa)
+    weights = np.empty((len(masks), len(parameters.offsets), *masks.shape[2:]), np.float32)
+    native.affinity(parameters, data.guide, weights, 1, isa)
+    for _ in range(iterations):
+        out = np.empty_like(masks)
+        native.step(parameters, masks, weights, None, out, 1, isa)
+        masks = out
+    np.testing.assert_array_equal(fused, masks)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7, 64])
 def test_any_number_of_threads_gives_the_same_bits(case, scene, compiled, threads):
     data = scene(dtype=np.float32)

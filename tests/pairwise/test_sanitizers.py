@@ -74,6 +74,7 @@ int main() {
     for (int threads : {1, 3})
       for (auto [h, w] : {std::pair{1, 1}, {3, 17}, {20, 33}, {2, 600}})
         sum += all<float>(kind, h, w, 25, 4, 24, threads, 3) + all<double>(kind, h, w, 2, 1, 5, threads, 1);
+  for (int threads : {1, 2, 5}) sum += all<float>(Kind::par, 97, 19, 3, 5, 2, threads, 7);
   std::printf("%g\n", sum);
 }
 """

@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "arithmetic.h"
@@ -62,6 +63,31 @@ struct Image : Packed<S> {
 // the cache until the next row needs them.
 constexpr int strip_columns = 512;
 
+// Bytes of the third-level cache; 8 MB where nobody tells. (sysconf adds up caches that a virtual machine cannot reach.)
+std::ptrdiff_t cache_bytes() {
+  static const std::ptrdiff_t found = [] {
+    long kilobytes = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return std::ptrdiff_t(kilobytes > 0 ? kilobytes : 8192) << 10;
+  }();
+  return found;
+}
+
+// How many steps go over the image in one pass: as many as find weights and masks of the rows between the first and the
+// last of them still in the cache, of which half is taken to be ours.
+template <class S>
+int steps_in_a_pass(const Plan& plan, Shape shape, int members, std::ptrdiff_t pitch) {
+  const std::ptrdiff_t row = pitch * std::ptrdiff_t(sizeof(S)), reach = std::max(plan.reach, 1);
+  const std::ptrdiff_t step = row * (reach * plan.count() + (2 * reach + 1) * shape.channels);
+  const std::ptrdiff_t most = cache_bytes() / 2 / members / step;
+  // Members' rows end `reach` rows earlier on both sides with every step.
+  const std::ptrdiff_t room = members == 1 ? most : 1 + shape.height / members / (2 * reach);
+  return int(std::clamp<std::ptrdiff_t>(std::min(most, room), 1, 1 << 20));
+}
+
 template <class S>
 RowTarget<S> planar(S* out, int height, int width, int y) {
   return {out + std::ptrdiff_t(y) * width, std::ptrdiff_t(height) * width, width};
@@ -76,9 +102,9 @@ void affinity(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S*
   const int blocks = (width + lanes - 1) / lanes;
   const Image<S> packed(shape.guide_channels, height, width, plan.reach, lanes);
   const std::size_t block_size = std::size_t(count) * std::size_t(lanes);
-  const Buffer<S> scratch(2 * block_size * std::size_t(threads));
+  const Buffer<S> scratch((1 + affinity_scratch) * block_size * std::size_t(threads));
   run_team(threads, [&](Member member) {
-    S* block_weights = scratch.get() + 2 * block_size * std::size_t(member.index);
+    S* block_weights = scratch.get() + (1 + affinity_scratch) * block_size * std::size_t(member.index);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = member.first(height); y < member.last(height); ++y)
         packed.pack(guide + n * shape.guide_channels * plane, y);
@@ -150,37 +176,62 @@ void refine(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* m
   const Image<S> even(shape.channels, height, width, plan.reach, lanes);
   const Image<S> odd(shape.channels, iterations > 1 ? height : 0, width, plan.reach, lanes);
   const Buffer<S> weights(block_size * std::size_t(blocks) * std::size_t(height));
-  const Buffer<S> scratch(block_size * std::size_t(threads));
+  const Buffer<S> scratch(affinity_scratch * block_size * std::size_t(threads));
   run_team(threads, [&](Member member) {
-    S* own = scratch.get() + block_size * std::size_t(member.index);
+    S* own = scratch.get() + affinity_scratch * block_size * std::size_t(member.index);
     const int top = member.first(height), bottom = member.last(height);
+    const int most = steps_in_a_pass<S>(plan, shape, member.size, even.pitch);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = top; y < bottom; ++y) {
         packed_guide.pack(guide + n * shape.guide_channels * plane, y);
         even.pack(masks + n * size, y);
       }
       member.meet();
-      for (int t = 0; t < iterations; ++t) {
+      // Step t of the blocks [first, last) of row y; `more`: the next row's come soon after.
+      const auto advance = [&](int t, int y, int first, int last, bool more) {
         const Image<S>&from = t % 2 ? odd : even, &to = t % 2 ? even : odd;
         const bool final = t + 1 == iterations;
-        for (int first = 0; first < blocks; first += strip) {
-          const int last = std::min(first + strip, blocks);
-          for (int y = top; y < bottom; ++y) {
-            S* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
-            // The first step computes the weights that it uses; they are still in the cache.
-            if (t == 0) kernels.affinity(plan, packed_guide, y, first, last, w, own);
-            const RowTarget<S> target = final ? planar(out + n * size, height, width, y) : to.target(y);
-            const S* next = t == 0 || y + 1 == bottom ? nullptr : w + block_size * std::size_t(blocks);
-            kernels.step(plan, from, y, first, last, w, next, target);
-            if (unary)
-              kernels.softmax(shape.channels, width, first, last, unary + n * size + std::ptrdiff_t(y) * width, plane,
-                              compatibility, target);
-            if (final) continue;
-            if (first == 0) to.fill_left(y);
-            if (last == blocks) to.fill_right(y);
-          }
+        S* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
+        // The first step computes the weights that it uses; they are still in the cache.
+        if (t == 0) kernels.affinity(plan, packed_guide, y, first, last, w, own);
+        const RowTarget<S> target = final ? planar(out + n * size, height, width, y) : to.target(y);
+        const S* next = t > 0 && more ? w + block_size * std::size_t(blocks) : nullptr;
+        kernels.step(plan, from, y, first, last, w, next, target);
+        if (unary)
+          kernels.softmax(shape.channels, width, first, last, unary + n * size + std::ptrdiff_t(y) * width, plane,
+                          compatibility, target);
+        if (final) return;
+        if (first == 0) to.fill_left(y);
+        if (last == blocks) to.fill_right(y);
+      };
+      for (int start = 0, group; start < iterations; start += group) {
+        group = std::min(most, iterations - start);
+        if (group == 1) {
+          for (int first = 0; first < blocks; first += strip)
+            for (int y = top; y < bottom; ++y) advance(start, y, first, std::min(first + strip, blocks), y + 1 < bottom);
+          member.meet();
+          continue;
         }
+        // Several steps in one pass: each follows the one before it `reach` rows behind, when the rows that it needs
+        // are there and those that it overwrites are not needed any more. Its rows end `reach` rows a step before
+        // another member's begin.
+        for (int front = top; front < bottom + (group - 1) * plan.reach; ++front)
+          for (int t = 0; t < group; ++t) {
+            const int lag = t * plan.reach, y = front - lag;
+            const int low = member.index == 0 ? top : top + lag;
+            const int high = member.index + 1 == member.size ? bottom : bottom - lag;
+            if (low <= y && y < high) advance(start + t, y, 0, blocks, y + 1 < high);
+          }
         member.meet();
+        // What is left are the rows about the borders between members, which all share, step by step.
+        for (int t = 1; t < group && member.size > 1; ++t) {
+          const int lag = t * plan.reach, rows = (member.size - 1) * 2 * lag;
+          for (int row = member.first(rows); row < member.last(rows); ++row) {
+            const int border = Member{row / (2 * lag) + 1, member.size, nullptr}.first(height);
+            advance(start + t, border - lag + row % (2 * lag), 0, blocks, false);
+          }
+          member.meet();
+        }
       }
     }
   });

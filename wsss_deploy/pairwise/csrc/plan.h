@@ -47,11 +47,14 @@ struct RowTarget {
   int limit;
 };
 
+// Channels of a guide that the affinity works on at a time; it keeps their differences in its scratch.
+constexpr int affinity_scratch = 3;
+
 // One instruction set's kernels. Weights are in blocks of `lanes` pixels: w[block][k][lane].
 template <class S>
 struct Kernels {
   int lanes;
-  // Weights of the blocks [first, last) of row y; scratch holds count() * lanes values.
+  // Weights of the blocks [first, last) of row y; scratch holds affinity_scratch * count() * lanes values.
   void (*affinity)(const Plan&, const Packed<S>& guide, int y, int first, int last, S* weights, S* scratch);
   // Weighted sums of the blocks [first, last) of row y; `next`: the weights used after these, to be prefetched, or null.
   void (*step)(const Plan&, const Packed<S>& masks, int y, int first, int last, const S* weights, const S* next,
