@@ -346,7 +346,7 @@ def default_recipe(
     optimisation: dict[str, Any] = {"iterations": iterations}
     if method == "tscd" and pretrained:
         # CAMs are taken from the encoder while it learns; `TagsSettings.cam_learning_rate`.
-        optimisation |= {"learning_rate": 2e-5, "decoder_factor": 50.0}
+        optimisation |= {"learning_rate": 2e-5, "decoder_factor": 100.0}
     return {"supervision": supervision, "method": chosen, "optimisation": optimisation}
 
 

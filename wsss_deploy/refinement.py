@@ -105,7 +105,8 @@ class Refiner:
         """
         parameters = self._settings.parameters
         guide = make_guide(images, self._settings.guide)
-        return keep_lone(refine(scores, guide, parameters, threads=self._threads), scores, parameters)
+        refined = refine(scores, guide, parameters, threads=self._threads, storage="compact")
+        return keep_lone(refined, scores, parameters)
 
 
 def keep_lone(refined: Array, scores: Array, parameters: PairwiseParameters) -> Array:

@@ -39,6 +39,9 @@ template <class S> double all(Kind kind, int H, int W, int C, int G, int reach, 
     affinity<S>(plan, *kernels, shape, guide.data(), weights.data(), threads);
     step<S>(plan, *kernels, shape, masks.data(), weights.data(), nullptr, 0, out.data(), threads);
     refine<S>(plan, *kernels, shape, masks.data(), guide.data(), masks.data(), 0.5, steps, out.data(), threads);
+    if constexpr (sizeof(S) == 4)
+      if (const auto* small = kernels_named<S, Compact>(isa))
+        refine<S, Compact>(plan, *small, shape, masks.data(), guide.data(), nullptr, 0, steps, out.data(), threads);
     for (S value : out) sum += std::isfinite(value) ? double(value) : 0;
   }
   return sum;
@@ -89,8 +92,8 @@ def test_no_report_from_the_sanitizers(tmp_path):
     (tmp_path / "program.cpp").write_text(PROGRAM)
     flags = ["-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DWSSS_X86"]
     sets = {
-        "kernels_avx2": ["-mavx2", "-mfma"],
-        "kernels_avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"],
+        "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "kernels_avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"],
     }
     objects = []
     for name in ("driver", "energy", "kernels_base", *sets):

@@ -277,6 +277,7 @@ class TSCDSettings(_Strict):
     Attributes:
         cams: How CAMs come about.
         labels: How CAMs become labels.
+        frozen: Part of the encoder's layers, from the image on, that stay as they are; `TagsSettings.cam_frozen`.
         start: All terms but the classification act after this fraction of the training.
         segmentation_weight: Of the balanced cross-entropy against refined CAM labels.
         affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
@@ -293,6 +294,7 @@ class TSCDSettings(_Strict):
     name: Literal["tscd"] = "tscd"
     cams: CamSettings = CamSettings(scales=(1.0, 0.5, 1.5))
     labels: LabelSettings = LabelSettings()
+    frozen: Share = 1 / 3
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1
     segmentation_weight: Weight = 0.1
     affinity_weight: Weight = 0.1

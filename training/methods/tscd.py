@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.cam.attention import AffinityHead, AttentionTap, count_heads
-from training.cam.head import CamHead, encode
+from training.cam.head import CamHead, encode, freeze
 from training.cam.labels import byte_image, refined_labels
 from training.cam.maps import normalise_cams
 from training.losses.attention_affinity import affinity_labels, affinity_loss
@@ -33,7 +33,7 @@ class TSCD(Method):
     Args:
         settings: From the recipe.
         context: Of the run.
-        encoder: Tells channels and attention.
+        encoder: Tells channels and attention; its first layers stop learning (`frozen`).
 
     Raises:
         RecipeError: Affinity is asked for and the encoder has no attention over positions.
@@ -43,6 +43,7 @@ class TSCD(Method):
         super().__init__()
         self.settings, self.preprocessing = settings, context.preprocessing
         cams = settings.cams
+        freeze(encoder, settings.frozen)
         self.head = CamHead(encoder, context.num_classes - 1, cams.depths, cams.pooling)
         self.rule = label_rule(settings.labels)
         self.correspondence = SelfCorrespondenceLoss(settings.samples, settings.correspondence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array = TypeVar("Array", "NDArray[np.floating]", "torch.Tensor")
+Storage = Literal["full", "compact"]
 
 
 def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto", threads: int | None = None) -> Array:
@@ -103,6 +104,7 @@ def refine(
     *,
     form: str = "auto",
     threads: int | None = None,
+    storage: Storage = "full",
 ) -> Array:
     """Masks resized to the guide (bilinear, aligned corners), an affinity and `parameters.iterations` steps.
 
@@ -112,6 +114,10 @@ def refine(
         parameters: Everything else.
         form: As in `affinity`.
         threads: As in `affinity`.
+        storage: What the compiled form of the CPU keeps weights and the masks between steps as. "full" is their own
+            type. "compact" is 16 bits (weights as float16 with their exact sums, masks in 65535 levels), which takes
+            about half of the time and differs by less than 1e-3: for float32 masks in [0, 1] and normalised parameters
+            of kind par or gaussian without a mean field, on AVX2 and AVX-512. All else is computed as with "full".
 
     Returns:
         (N, C, H, W). Without `parameters.normalise` par scales the masks by 1.01 a step and varm by 0.99.
@@ -121,6 +127,8 @@ def refine(
         BackendError: A form asked for by name is not available.
     """
     _check({"masks": masks, "guide": guide}, resized=True)
+    if storage not in ("full", "compact"):
+        raise UsageError(f"storage is {storage!r}; expected 'full' or 'compact'")
     height, width = guide.shape[2:]
     if isinstance(masks, np.ndarray):
         name = _numpy_form(form, masks)
@@ -130,7 +138,7 @@ def refine(
         out, masks = np.empty(masks.shape, masks.dtype), np.ascontiguousarray(masks)
         unary = numpy_form.unary_of(masks, parameters)
         count = threads or native.default_threads()
-        native.refine(parameters, masks, np.ascontiguousarray(guide), unary, out, count)
+        native.refine(parameters, masks, np.ascontiguousarray(guide), unary, out, count, compact=storage == "compact")
         return out
     import torch
 
@@ -140,7 +148,8 @@ def refine(
     masks = reference.resize(masks, height, width)
     wants_gradient = torch.is_grad_enabled() and (masks.requires_grad or guide.requires_grad)
     if not wants_gradient and not torch.compiler.is_exporting():
-        return cast("torch.Tensor", torch_ops.pairwise_refine(masks, guide, parameters.to_json(), name, count))
+        compact = storage == "compact"
+        return cast("torch.Tensor", torch_ops.pairwise_refine(masks, guide, parameters.to_json(), name, count, compact))
     text = parameters.to_json()
     weights = torch_ops.pairwise_affinity(guide, text, name, count)
     unary = reference.unary_of(masks, parameters)

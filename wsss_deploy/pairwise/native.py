@@ -60,10 +60,13 @@ def refine(
     out: Any,
     threads: int,
     isa: str = "auto",
+    compact: bool = False,
 ) -> None:
     """Write `reference.refine` of masks that have the guide's size already (N, C, H, W).
 
-    Memory beyond the arrays: N-independent, about 4 H W (K + 2 C + G) bytes in float32.
+    `compact` stores weights and the masks between steps in 16 bits, where the processor, the parameters and the masks
+    allow it (`api.refine`). Memory beyond the arrays: N-independent, about 4 H W (K + 2 C + G) bytes in float32, in
+    16 bits half of it.
     """
     _module().refine(
         _plan(parameters),
@@ -75,6 +78,7 @@ def refine(
         out,
         threads,
         isa,
+        compact,
     )
 
 

@@ -60,7 +60,9 @@ def pairwise_step(
 
 
 @torch.library.custom_op("wsss::pairwise_refine", mutates_args=())
-def pairwise_refine(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+def pairwise_refine(
+    masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int, compact: bool = False
+) -> Tensor:
     """Masks of the guide's size, (N, C, H, W) to (N, C, H, W), in one call; see `reference.refine`."""
     settings = parse(parameters)
     if form not in _COMPILED:
@@ -71,7 +73,7 @@ def pairwise_refine(masks: Tensor, guide: Tensor, parameters: str, form: str, th
     if form == "cuda":
         cuda_form.refine(settings, *inputs, out)
     else:
-        native.refine(settings, *inputs, out, threads)
+        native.refine(settings, *inputs, out, threads, compact=compact)
     return out
 
 
@@ -86,7 +88,7 @@ def _(masks: Tensor, weights: Tensor, unary: Tensor | None, parameters: str, for
 
 
 @pairwise_refine.register_fake
-def _(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
+def _(masks: Tensor, guide: Tensor, parameters: str, form: str, threads: int, compact: bool = False) -> Tensor:
     return masks.new_empty(masks.shape)
 
 

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "driver.h"
 #include "energy_bindings.h"
@@ -107,7 +108,7 @@ void bind(nb::module_& module) {
   module.def(
       "refine",
       [](const Plan& plan, Array<const S> masks, Array<const S> guide, std::optional<Array<const S>> unary,
-         double compatibility, int iterations, Array<S> out, int threads, const std::string& isa) {
+         double compatibility, int iterations, Array<S> out, int threads, const std::string& isa, bool compact) {
         expect(same(masks, guide, {0, 2, 3}) && same(masks, out, {0, 1, 2, 3}) &&
                    (!unary || same(masks, *unary, {0, 1, 2, 3})),
                "masks, unary and out must be (N, C, H, W), the guide (N, G, H, W)");
@@ -116,13 +117,20 @@ void bind(nb::module_& module) {
         const Kernels<S>& kernels = kernels_for<S>(isa);
         if (empty(out)) return;
         expect(!empty(guide), "the guide has no channels");
+        const int team = team_size(threads, shape.height);
         nb::gil_scoped_release release;
-        refine<S>(plan, kernels, shape, masks.data(), guide.data(), unary ? unary->data() : nullptr, compatibility,
-                  iterations, out.data(), team_size(threads, shape.height));
+        if constexpr (std::is_same_v<S, float>)
+          if (compact && !unary && fits_compact(plan))
+            if (const auto* small = kernels_named<S, Compact>(isa.c_str()))
+              if (refine<S, Compact>(plan, *small, shape, masks.data(), guide.data(), nullptr, 0, iterations, out.data(),
+                                     team))
+                return;
+        refine<S, S>(plan, kernels, shape, masks.data(), guide.data(), unary ? unary->data() : nullptr, compatibility,
+                     iterations, out.data(), team);
       },
       nb::arg("plan"), nb::arg("masks").noconvert(), nb::arg("guide").noconvert(), nb::arg("unary").none().noconvert(),
       nb::arg("compatibility"), nb::arg("iterations"), nb::arg("out").noconvert(), nb::arg("threads"),
-      nb::arg("isa") = "auto");
+      nb::arg("isa") = "auto", nb::arg("compact") = false);
 }
 
 }  // namespace

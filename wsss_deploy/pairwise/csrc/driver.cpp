@@ -1,8 +1,10 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 
 #include "arithmetic.h"
 #include "team.h"
@@ -46,18 +48,26 @@ struct Image : Packed<S> {
       std::fill(row + this->width, row - this->left + this->pitch, row[this->width - 1]);
     }
   }
-  // Row y from a contiguous (channels, H, W) array.
-  void pack(const S* from, int y) const {
+  // Row y from a contiguous (channels, H, W) array by a kernel's `pack`, whose answer it gives.
+  template <class From>
+  bool pack(const From* from, int y, bool (*pack_row)(const From*, S*, int)) const {
+    bool fits = true;
     for (int c = 0; c < this->channels; ++c)
-      std::memcpy(this->row(y, c), from + (std::ptrdiff_t(c) * this->height + y) * this->width,
-                  sizeof(S) * std::size_t(this->width));
+      fits &= pack_row(from + (std::ptrdiff_t(c) * this->height + y) * this->width, this->row(y, c), this->width);
     fill_left(y);
     fill_right(y);
+    return fits;
   }
   RowTarget<S> target(int y) const { return {this->row(y, 0), this->pitch, int(this->pitch) - this->left}; }
 
   Buffer<S> memory;
 };
+
+template <class S>
+bool copied(const S* from, S* to, int count) {
+  std::memcpy(to, from, sizeof(S) * std::size_t(count));
+  return true;
+}
 
 // Images are worked through in strips of this many columns, so that the rows which a row's neighbours lie in stay in
 // the cache until the next row needs them.
@@ -102,12 +112,13 @@ void affinity(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S*
   const int blocks = (width + lanes - 1) / lanes;
   const Image<S> packed(shape.guide_channels, height, width, plan.reach, lanes);
   const std::size_t block_size = std::size_t(count) * std::size_t(lanes);
-  const Buffer<S> scratch((1 + affinity_scratch) * block_size * std::size_t(threads));
+  const std::size_t scratch_size = (1 + affinity_scratch) * block_size;
+  const Buffer<S> scratch((block_size + scratch_size) * std::size_t(threads));
   run_team(threads, [&](Member member) {
-    S* block_weights = scratch.get() + (1 + affinity_scratch) * block_size * std::size_t(member.index);
+    S* block_weights = scratch.get() + (block_size + scratch_size) * std::size_t(member.index);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = member.first(height); y < member.last(height); ++y)
-        packed.pack(guide + n * shape.guide_channels * plane, y);
+        packed.pack(guide + n * shape.guide_channels * plane, y, kernels.pack);
       member.meet();
       for (int y = member.first(height); y < member.last(height); ++y)
         for (int block = 0; block < blocks; ++block) {
@@ -135,7 +146,7 @@ void step(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* mas
     S* own = scratch.get() + strip_size * std::size_t(member.index);
     for (int n = 0; n < shape.batch; ++n) {
       const std::ptrdiff_t start = std::ptrdiff_t(n) * shape.channels * plane;
-      for (int y = member.first(height); y < member.last(height); ++y) packed.pack(masks + start, y);
+      for (int y = member.first(height); y < member.last(height); ++y) packed.pack(masks + start, y, kernels.pack);
       member.meet();
       for (int first = 0; first < blocks; first += strip) {
         const int last = std::min(first + strip, blocks);
@@ -160,47 +171,56 @@ void step(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* mas
   });
 }
 
-template <class S>
-void refine(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* masks, const S* guide, const S* unary,
+template <class S, class T>
+bool refine(const Plan& plan, const Kernels<S, T>& kernels, Shape shape, const S* masks, const S* guide, const S* unary,
             double compatibility, int iterations, S* out, int threads) {
   const int height = shape.height, width = shape.width, lanes = kernels.lanes, count = plan.count();
   const std::ptrdiff_t plane = std::ptrdiff_t(height) * width;
   const std::ptrdiff_t size = shape.channels * plane;
   if (iterations == 0) {
     std::memcpy(out, masks, sizeof(S) * std::size_t(size) * std::size_t(shape.batch));
-    return;
+    return true;
   }
   const int blocks = (width + lanes - 1) / lanes, strip = strip_columns / lanes;
-  const std::size_t block_size = std::size_t(count) * std::size_t(lanes);
+  const std::size_t block_size = block_values<S, T>(count, lanes);
   const Image<S> packed_guide(shape.guide_channels, height, width, plan.reach, lanes);
-  const Image<S> even(shape.channels, height, width, plan.reach, lanes);
-  const Image<S> odd(shape.channels, iterations > 1 ? height : 0, width, plan.reach, lanes);
-  const Buffer<S> weights(block_size * std::size_t(blocks) * std::size_t(height));
-  const Buffer<S> scratch(affinity_scratch * block_size * std::size_t(threads));
+  const Image<Mask<T>> even(shape.channels, height, width, plan.reach, lanes);
+  const Image<Mask<T>> odd(shape.channels, iterations > 1 ? height : 0, width, plan.reach, lanes);
+  const Buffer<Weight<T>> weights(block_size * std::size_t(blocks) * std::size_t(height));
+  const std::size_t scratch_size = std::size_t(1 + affinity_scratch) * std::size_t(count) * std::size_t(lanes);
+  const Buffer<S> scratch(scratch_size * std::size_t(threads));
+  std::atomic<bool> fits = true;
   run_team(threads, [&](Member member) {
-    S* own = scratch.get() + affinity_scratch * block_size * std::size_t(member.index);
+    S* own = scratch.get() + scratch_size * std::size_t(member.index);
     const int top = member.first(height), bottom = member.last(height);
-    const int most = steps_in_a_pass<S>(plan, shape, member.size, even.pitch);
+    const int most = steps_in_a_pass<Mask<T>>(plan, shape, member.size, even.pitch);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = top; y < bottom; ++y) {
-        packed_guide.pack(guide + n * shape.guide_channels * plane, y);
-        even.pack(masks + n * size, y);
+        packed_guide.pack(guide + n * shape.guide_channels * plane, y, copied<S>);
+        if (!even.pack(masks + n * size, y, kernels.pack)) fits = false;
       }
       member.meet();
+      if (!fits) return;
       // Step t of the blocks [first, last) of row y; `more`: the next row's come soon after.
       const auto advance = [&](int t, int y, int first, int last, bool more) {
-        const Image<S>&from = t % 2 ? odd : even, &to = t % 2 ? even : odd;
+        const Image<Mask<T>>&from = t % 2 ? odd : even, &to = t % 2 ? even : odd;
         const bool final = t + 1 == iterations;
-        S* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
+        Weight<T>* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
         // The first step computes the weights that it uses; they are still in the cache.
         if (t == 0) kernels.affinity(plan, packed_guide, y, first, last, w, own);
-        const RowTarget<S> target = final ? planar(out + n * size, height, width, y) : to.target(y);
-        const S* next = t > 0 && more ? w + block_size * std::size_t(blocks) : nullptr;
-        kernels.step(plan, from, y, first, last, w, next, target);
-        if (unary)
-          kernels.softmax(shape.channels, width, first, last, unary + n * size + std::ptrdiff_t(y) * width, plane,
-                          compatibility, target);
-        if (final) return;
+        const Weight<T>* next = t > 0 && more ? w + block_size * std::size_t(blocks) : nullptr;
+        const auto softmax = [&](RowTarget<S> target) {
+          if (unary)
+            kernels.softmax(shape.channels, width, first, last, unary + n * size + std::ptrdiff_t(y) * width, plane,
+                            compatibility, target);
+        };
+        if (final) {
+          const RowTarget<S> target = planar(out + n * size, height, width, y);
+          kernels.last_step(plan, from, y, first, last, w, next, target);
+          return softmax(target);
+        }
+        kernels.step(plan, from, y, first, last, w, next, to.target(y));
+        if constexpr (std::is_same_v<S, T>) softmax(to.target(y));
         if (first == 0) to.fill_left(y);
         if (last == blocks) to.fill_right(y);
       };
@@ -235,34 +255,42 @@ void refine(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* m
       }
     }
   });
+  return fits;
 }
 
-template <class S>
-const Kernels<S>* kernels_named(const char* name) {
+template <class S, class T>
+const Kernels<S, T>* kernels_named(const char* name) {
   if (!std::strcmp(name, "auto")) name = best_instruction_set();
-  if (!std::strcmp(name, "base")) return &kernels_base<S>();
+  if constexpr (std::is_same_v<S, T>)
+    if (!std::strcmp(name, "base")) return &kernels_base<S, T>();
 #ifdef WSSS_X86
+  // Every processor with AVX2 converts float16 (F16C), which not every compiler can be asked about.
   if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return &kernels_avx2<S>();
+    return &kernels_avx2<S, T>();
   if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-    return &kernels_avx512<S>();
+    return &kernels_avx512<S, T>();
 #endif
   return nullptr;
 }
 
 const char* best_instruction_set() {
   for (const char* name : {"avx512", "avx2"})
-    if (kernels_named<float>(name)) return name;
+    if (kernels_named<float, float>(name)) return name;
   return "base";
 }
 
-#define WSSS_INSTANTIATE(S)                                                                                        \
-  template void affinity<S>(const Plan&, const Kernels<S>&, Shape, const S*, S*, int);                             \
-  template void step<S>(const Plan&, const Kernels<S>&, Shape, const S*, const S*, const S*, double, S*, int);     \
-  template void refine<S>(const Plan&, const Kernels<S>&, Shape, const S*, const S*, const S*, double, int, S*, int); \
-  template const Kernels<S>* kernels_named<S>(const char*);
-WSSS_INSTANTIATE(float)
-WSSS_INSTANTIATE(double)
+#define WSSS_INSTANTIATE(S, T)                                                                                 \
+  template bool refine<S, T>(const Plan&, const Kernels<S, T>&, Shape, const S*, const S*, const S*, double, int, S*, \
+                             int);                                                                             \
+  template const Kernels<S, T>* kernels_named<S, T>(const char*);
+WSSS_INSTANTIATE(float, float)
+WSSS_INSTANTIATE(double, double)
+WSSS_INSTANTIATE(float, Compact)
+#define WSSS_INSTANTIATE_PARTS(S)                                                                          \
+  template void affinity<S>(const Plan&, const Kernels<S>&, Shape, const S*, S*, int);                     \
+  template void step<S>(const Plan&, const Kernels<S>&, Shape, const S*, const S*, const S*, double, S*, int);
+WSSS_INSTANTIATE_PARTS(float)
+WSSS_INSTANTIATE_PARTS(double)
 
 }  // namespace wsss

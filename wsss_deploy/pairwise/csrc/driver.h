@@ -8,8 +8,8 @@
 namespace wsss {
 
 // Which instruction set a call uses: "auto" takes the best that this processor has; an unknown or missing one is nullptr.
-template <class S>
-const Kernels<S>* kernels_named(const char* name);
+template <class S, class T = S>
+const Kernels<S, T>* kernels_named(const char* name);
 const char* best_instruction_set();
 
 struct Shape {
@@ -25,9 +25,13 @@ template <class S>
 void step(const Plan&, const Kernels<S>&, Shape, const S* masks, const S* weights, const S* unary, double compatibility,
           S* out, int threads);
 
-// Affinity and `iterations` steps, weights and masks in the kernels' own layout throughout.
-template <class S>
-void refine(const Plan&, const Kernels<S>&, Shape, const S* masks, const S* guide, const S* unary, double compatibility,
+// Affinity and `iterations` steps, weights and masks in the kernels' own layout throughout. With Compact storage `unary` is
+// null; false, and nothing of use in `out`, where the masks do not fit it.
+template <class S, class T>
+bool refine(const Plan&, const Kernels<S, T>&, Shape, const S* masks, const S* guide, const S* unary, double compatibility,
             int iterations, S* out, int threads);
+
+// Whether Compact storage can hold the weights: nowhere negative, adding up to 1 at most.
+inline bool fits_compact(const Plan& plan) { return plan.normalise && plan.kind != Kind::varm; }
 
 }  // namespace wsss

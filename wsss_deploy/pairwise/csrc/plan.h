@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace wsss {
@@ -50,25 +52,66 @@ struct RowTarget {
 // Channels of a guide that the affinity works on at a time; it keeps their differences in its scratch.
 constexpr int affinity_scratch = 3;
 
-// One instruction set's kernels. Weights are in blocks of `lanes` pixels: w[block][k][lane].
-template <class S>
+// Weights and the masks between steps as they are computed ...
+template <class T>
+struct Stored {
+  using Weight = T;
+  using Mask = T;
+};
+// ... or in 16 bits, for masks in [0, 1] and weights that are nowhere negative and add up to 1 at most: weights as
+// float16, of which in a flat area all would be rounded the same way, so that behind each block there are `lanes` floats that
+// set its sums right; masks in 65535 levels, as float16 would hold a probability near 1 to 5e-4 only.
+struct Compact {};
+struct Half {
+  std::uint16_t bits;
+};
+struct Level {
+  std::uint16_t value;
+};
+constexpr float levels = 65535;
+template <>
+struct Stored<Compact> {
+  using Weight = Half;
+  using Mask = Level;
+};
+template <class T>
+using Weight = typename Stored<T>::Weight;
+template <class T>
+using Mask = typename Stored<T>::Mask;
+
+// Values of `Weight<T>` that a block of weights takes.
+template <class S, class T>
+constexpr std::size_t block_values(int count, int lanes) {
+  constexpr std::size_t behind = std::is_same_v<S, T> ? 0 : sizeof(S) / sizeof(Weight<T>);
+  return std::size_t(lanes) * (std::size_t(count) + behind);
+}
+
+// One instruction set's kernels: arithmetic in S, storage by T (S, or Compact for less to move). Weights are in blocks of
+// `lanes` pixels: w[block][k][lane].
+template <class S, class T = S>
 struct Kernels {
   int lanes;
-  // Weights of the blocks [first, last) of row y; scratch holds affinity_scratch * count() * lanes values.
-  void (*affinity)(const Plan&, const Packed<S>& guide, int y, int first, int last, S* weights, S* scratch);
+  // Weights of the blocks [first, last) of row y; scratch holds (1 + affinity_scratch) * count() * lanes values.
+  void (*affinity)(const Plan&, const Packed<S>& guide, int y, int first, int last, Weight<T>* weights, S* scratch);
   // Weighted sums of the blocks [first, last) of row y; `next`: the weights used after these, to be prefetched, or null.
-  void (*step)(const Plan&, const Packed<S>& masks, int y, int first, int last, const S* weights, const S* next,
-               RowTarget<S>);
+  void (*step)(const Plan&, const Packed<Mask<T>>& masks, int y, int first, int last, const Weight<T>* weights,
+               const Weight<T>* next, RowTarget<Mask<T>>);
+  // The same, as values of S.
+  void (*last_step)(const Plan&, const Packed<Mask<T>>& masks, int y, int first, int last, const Weight<T>* weights,
+                    const Weight<T>* next, RowTarget<S>);
   // In place: softmax over channels of unary + compatibility * value; unary (c, x) at unary[c * unary_stride + x].
   void (*softmax)(int channels, int width, int first, int last, const S* unary, std::ptrdiff_t unary_stride,
                   double compatibility, RowTarget<S>);
+  // Values of masks as they are stored; false if one of them cannot be.
+  bool (*pack)(const S* from, Mask<T>* to, int count);
 };
 
-template <class S>
-const Kernels<S>& kernels_base();
-template <class S>
-const Kernels<S>& kernels_avx2();
-template <class S>
-const Kernels<S>& kernels_avx512();
+// Each instruction set's for (float, float), (double, double) and, but for the base, (float, Compact).
+template <class S, class T = S>
+const Kernels<S, T>& kernels_base();
+template <class S, class T = S>
+const Kernels<S, T>& kernels_avx2();
+template <class S, class T = S>
+const Kernels<S, T>& kernels_avx512();
 
 }  // namespace wsss
