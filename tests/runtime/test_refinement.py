@@ -116,7 +116,10 @@ def test_onnx_runtime_needs_no_torch_and_copies_no_scores(color_onnx):
         "from wsss_deploy.pairwise import native\n"
         "taken = []\n"
         "run = native.refine\n"
-        "native.refine = lambda p, masks, *rest: (taken.append(masks.ctypes.data), run(p, masks, *rest))\n"
+        "def refine(p, masks, *args, **more):\n"
+        "    taken.append(masks.ctypes.data)\n"
+        "    run(p, masks, *args, **more)\n"
+        "native.refine = refine\n"
         f"model = Segmenter({str(color_onnx)!r}, device='cpu', refine=True)\n"
         "session = model._backend._session\n"
         "class Spy:\n"
@@ -145,7 +148,8 @@ def test_without_compiled_kernels_the_plain_form_runs_and_says_so(monkeypatch, p
     told = model.describe()["refinement"]
     assert told["form"] == "numpy"
     assert "no kernels" in told["form_reason"]
-    np.testing.assert_allclose(model.predict(photo).network_scores, expected.network_scores, atol=1e-5)
+    # The compiled form stores 16 bits between steps, the plain one does not.
+    np.testing.assert_allclose(model.predict(photo).network_scores, expected.network_scores, atol=1e-4)
 
 
 def test_the_card_decides_unless_told_otherwise(color_card):

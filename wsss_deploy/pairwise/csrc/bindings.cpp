@@ -120,7 +120,7 @@ void bind(nb::module_& module) {
         const int team = team_size(threads, shape.height);
         nb::gil_scoped_release release;
         if constexpr (std::is_same_v<S, float>)
-          if (compact && !unary && fits_compact(plan))
+          if (compact && !unary && fits_compact(plan, iterations))
             if (const auto* small = kernels_named<S, Compact>(isa.c_str()))
               if (refine<S, Compact>(plan, *small, shape, masks.data(), guide.data(), nullptr, 0, iterations, out.data(),
                                      team))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
@@ -50,10 +51,10 @@ struct Image : Packed<S> {
   }
   // Row y from a contiguous (channels, H, W) array by a kernel's `pack`, whose answer it gives.
   template <class From>
-  bool pack(const From* from, int y, bool (*pack_row)(const From*, S*, int)) const {
+  bool pack(const Plan& plan, const From* from, int y, bool (*pack_row)(const Plan&, const From*, S*, int)) const {
     bool fits = true;
     for (int c = 0; c < this->channels; ++c)
-      fits &= pack_row(from + (std::ptrdiff_t(c) * this->height + y) * this->width, this->row(y, c), this->width);
+      fits &= pack_row(plan, from + (std::ptrdiff_t(c) * this->height + y) * this->width, this->row(y, c), this->width);
     fill_left(y);
     fill_right(y);
     return fits;
@@ -64,7 +65,7 @@ struct Image : Packed<S> {
 };
 
 template <class S>
-bool copied(const S* from, S* to, int count) {
+bool copied(const Plan&, const S* from, S* to, int count) {
   std::memcpy(to, from, sizeof(S) * std::size_t(count));
   return true;
 }
@@ -118,7 +119,7 @@ void affinity(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S*
     S* block_weights = scratch.get() + (block_size + scratch_size) * std::size_t(member.index);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = member.first(height); y < member.last(height); ++y)
-        packed.pack(guide + n * shape.guide_channels * plane, y, kernels.pack);
+        packed.pack(plan, guide + n * shape.guide_channels * plane, y, kernels.pack);
       member.meet();
       for (int y = member.first(height); y < member.last(height); ++y)
         for (int block = 0; block < blocks; ++block) {
@@ -146,7 +147,7 @@ void step(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* mas
     S* own = scratch.get() + strip_size * std::size_t(member.index);
     for (int n = 0; n < shape.batch; ++n) {
       const std::ptrdiff_t start = std::ptrdiff_t(n) * shape.channels * plane;
-      for (int y = member.first(height); y < member.last(height); ++y) packed.pack(masks + start, y, kernels.pack);
+      for (int y = member.first(height); y < member.last(height); ++y) packed.pack(plan, masks + start, y, kernels.pack);
       member.meet();
       for (int first = 0; first < blocks; first += strip) {
         const int last = std::min(first + strip, blocks);
@@ -172,8 +173,10 @@ void step(const Plan& plan, const Kernels<S>& kernels, Shape shape, const S* mas
 }
 
 template <class S, class T>
-bool refine(const Plan& plan, const Kernels<S, T>& kernels, Shape shape, const S* masks, const S* guide, const S* unary,
+bool refine(const Plan& given, const Kernels<S, T>& kernels, Shape shape, const S* masks, const S* guide, const S* unary,
             double compatibility, int iterations, S* out, int threads) {
+  Plan plan = given;
+  if (!std::is_same_v<S, T>) plan.levels = most_levels / float(most_growth(plan, iterations));
   const int height = shape.height, width = shape.width, lanes = kernels.lanes, count = plan.count();
   const std::ptrdiff_t plane = std::ptrdiff_t(height) * width;
   const std::ptrdiff_t size = shape.channels * plane;
@@ -196,8 +199,8 @@ bool refine(const Plan& plan, const Kernels<S, T>& kernels, Shape shape, const S
     const int most = steps_in_a_pass<Mask<T>>(plan, shape, member.size, even.pitch);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = top; y < bottom; ++y) {
-        packed_guide.pack(guide + n * shape.guide_channels * plane, y, copied<S>);
-        if (!even.pack(masks + n * size, y, kernels.pack)) fits = false;
+        packed_guide.pack(plan, guide + n * shape.guide_channels * plane, y, copied<S>);
+        if (!even.pack(plan, masks + n * size, y, kernels.pack)) fits = false;
       }
       member.meet();
       if (!fits) return;
@@ -272,6 +275,18 @@ const Kernels<S, T>* kernels_named(const char* name) {
     return &kernels_avx512<S, T>();
 #endif
   return nullptr;
+}
+
+double most_growth(const Plan& plan, int iterations) {
+  double sum = 1;
+  if (plan.kind == Kind::par)
+    for (const double weight : plan.position) sum += weight;
+  return std::max(1.0, std::pow(sum * plan.scale, iterations));
+}
+
+bool fits_compact(const Plan& plan, int iterations) {
+  const bool convex = plan.kind == Kind::par || (plan.kind == Kind::gaussian && plan.normalise);
+  return convex && most_growth(plan, iterations) <= 4;
 }
 
 const char* best_instruction_set() {

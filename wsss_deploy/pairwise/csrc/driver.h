@@ -31,7 +31,10 @@ template <class S, class T>
 bool refine(const Plan&, const Kernels<S, T>&, Shape, const S* masks, const S* guide, const S* unary, double compatibility,
             int iterations, S* out, int threads);
 
-// Whether Compact storage can hold the weights: nowhere negative, adding up to 1 at most.
-inline bool fits_compact(const Plan& plan) { return plan.normalise && plan.kind != Kind::varm; }
+// By how much `iterations` steps can raise the largest value of masks, at least 1.
+double most_growth(const Plan&, int iterations);
+
+// Whether Compact storage can hold weights and masks: weights nowhere negative, masks that hardly grow.
+bool fits_compact(const Plan&, int iterations);
 
 }  // namespace wsss

@@ -26,6 +26,7 @@ struct Plan {
   double bandwidth, second, scale;
   bool normalise;
   int reach;
+  float levels = 0;  // Compact storage: how many of its levels are 1
   int count() const { return static_cast<int>(dy.size()); }
 };
 
@@ -58,7 +59,7 @@ struct Stored {
   using Weight = T;
   using Mask = T;
 };
-// ... or in 16 bits, for masks in [0, 1] and weights that are nowhere negative and add up to 1 at most: weights as
+// ... or in 16 bits, for masks in [0, 1] and weights that are nowhere negative and add up to little more than 1: weights as
 // float16, of which in a flat area all would be rounded the same way, so that behind each block there are `lanes` floats that
 // set its sums right; masks in 65535 levels, as float16 would hold a probability near 1 to 5e-4 only.
 struct Compact {};
@@ -68,7 +69,7 @@ struct Half {
 struct Level {
   std::uint16_t value;
 };
-constexpr float levels = 65535;
+constexpr float most_levels = 65535;
 template <>
 struct Stored<Compact> {
   using Weight = Half;
@@ -103,7 +104,7 @@ struct Kernels {
   void (*softmax)(int channels, int width, int first, int last, const S* unary, std::ptrdiff_t unary_stride,
                   double compatibility, RowTarget<S>);
   // Values of masks as they are stored; false if one of them cannot be.
-  bool (*pack)(const S* from, Mask<T>* to, int count);
+  bool (*pack)(const Plan&, const S* from, Mask<T>* to, int count);
 };
 
 // Each instruction set's for (float, float), (double, double) and, but for the base, (float, Compact).
