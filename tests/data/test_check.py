@@ -117,6 +117,16 @@ def test_classes_that_nothing_labels_are_remarked(folder_set):
     assert "remark splits: train has no label of star" in problems(folder_set)
 
 
+def test_tags_without_a_background_are_remarked(folder_set):
+    text = "tags alone cannot train a set whose class 0 is not called background"
+    assert not any(text in line for line in problems(folder_set))
+    classes = (folder_set / "classes.txt").read_text().splitlines()
+    (folder_set / "classes.txt").write_text("\n".join(["road", *classes[1:]]) + "\n")
+    assert any(line.startswith(f"remark tags: {text}") for line in problems(folder_set))
+    (folder_set / "tags.json").unlink()
+    assert not any(text in line for line in problems(folder_set))
+
+
 def test_not_a_data_set(tmp_path, run):
     status, _, error = run(tmp_path)
     assert status == 1

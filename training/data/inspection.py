@@ -107,6 +107,9 @@ def inspect(source: CheckedSource, root: Path, on_image: Callable[[], None] | No
     problems += [problem for found in facts.values() for problem in found.problems]
     problems += _unlabelled(facts, rest) + _overlaps(source.splits) + _duplicates(facts, source.splits)
     problems += _missing_classes(splits, source.classes) + _disagreement(splits)
+    if not has_background(source.classes) and any(found.tags is not None for found in facts.values()):
+        text = "tags alone cannot train a set whose class 0 is not called background; other labels of it can"
+        problems.append(Problem("tags", text, "remark"))
     problems.sort(key=lambda problem: problem.severity)
     return Report(source.name, source.classes, len(names), splits, problems)
 
