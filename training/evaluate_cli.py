@@ -32,7 +32,8 @@ def _parser() -> ArgumentParser:
         "--first-stage",
         action="store_true",
         help="instead of a model, what a run from image tags made on its way: class activation maps (with the images' "
-        "tags, without refinement, at the background score that is best on these very images) and pseudo-labels",
+        "tags, without refinement, at the background score that is best on these very images) and pseudo-labels; of "
+        "one from points or scribbles that carried labels on, these",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -68,19 +69,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _first_stage(folder: Path, source: DataSource, names: Sequence[str]) -> dict[str, dict[str, float]]:
     from training.cam.pseudo_labels import PseudoLabelSource
     from training.cam.scoring import score_cams, score_labels
-    from training.cam_stage import LABELS, STAGE
+    from training.cam_stage import LABELS
+    from training.methods.tag_settings import TagsSettings
     from training.recipe import build_recipe, read_recipe
     from training.run import RECIPE
-    from training.state import CHECKPOINT
 
-    if not (folder / RECIPE).is_file() or not (folder / STAGE / CHECKPOINT).is_file():
+    # Labels are there once the classifier is complete: nothing is trained here.
+    if not (folder / RECIPE).is_file() or not any((folder / LABELS).glob("*.png")):
         raise DataError(
-            f"{folder} holds no {RECIPE} with {STAGE}/{CHECKPOINT}: --first-stage takes the folder (--out) of a "
-            "training from image tags that has a first stage, so not of tscd"
+            f"{folder} holds no {RECIPE} with {LABELS}/: --first-stage takes the folder (--out) of a training that "
+            "made labels before its segmenter (tags, sfc, propagate; not tscd)"
         )
+    recipe = build_recipe(read_recipe(folder / RECIPE), str(folder / RECIPE))
     found = {}
-    if tagged := [name for name in names if source.tags(name) is not None]:
-        recipe = build_recipe(read_recipe(folder / RECIPE), str(folder / RECIPE))
+    tagged = [name for name in names if source.tags(name) is not None]
+    if tagged and isinstance(recipe.method, TagsSettings):
         found["class activation maps"] = score_cams(source, recipe, folder, tagged)
     labels = PseudoLabelSource(source, folder / LABELS)
     if labelled := [name for name in names if labels.path(name).is_file()]:  # training images alone have one

@@ -647,4 +647,4 @@ def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys):
     assert "no image with a mask has tags or a pseudo-label" in out.err
     code, out = told(data, "train")
     assert code == 1
-    assert "takes the folder (--out) of a training from image tags" in out.err
+    assert "takes the folder (--out) of a training that made labels" in out.err
