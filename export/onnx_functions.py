@@ -151,10 +151,11 @@ class _Body:
 def step_function(parameters: PairwiseParameters, opset: int) -> onnx.FunctionProto:
     """The body of `PairwiseStep`: masks (N, C, H, W), weights (N, K, H, W) [, unary] to (N, C, H, W)."""
     body = _Body(parameters)
-    padded, size = body.pad("masks"), body.size_of("masks")
-    result = ""
+    padded, result = body.pad("masks"), ""
     for k in range(len(parameters.offsets)):
         weight = body.add("Slice", "weights", body.integers(k), body.integers(k + 1), body.integers(1))
+        # The size is asked of the running sum: a runtime then cannot take all neighbours first and hold K of them.
+        size = body.size_of(result or "masks")
         product = body.add("Mul", body.neighbour(padded, size, k), weight)
         result = body.add("Add", result, product) if result else product
     if parameters.mean_field is None:
