@@ -335,6 +335,11 @@ def default_recipe(
         else:
             # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
             chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
+        if method == "dfr":
+            # For the same reasons; the deep kernel waits until features tell classes apart.
+            near = {"radius": 2, "xy": 2.0} if supervision == "scribbles" else {}
+            kept = {key: chosen[key] for key in ("class_weights", "absent", "spread", "teacher") if key in chosen}
+            chosen = {"name": "dfr", "start": 0.3, "deep_start": 0.5, "rgb": 0.4, **near, **kept}
     if supervision == "tags":
         chosen = {"name": "sfc" if method == "sfc" else "tags"}
         if not pretrained:

@@ -24,6 +24,10 @@ def test_defaults_are_valid_for_every_supervision():
 
 
 def test_larger_sets_train_longer():
+    dfr = build_recipe(default_recipe("scribbles", 300, method="dfr")).method
+    assert (dfr.name, dfr.radius, dfr.absent) == ("dfr", 2, None)
+    assert 0.1 < dfr.start < dfr.deep_start
+    assert build_recipe(default_recipe("points", 300, method="dfr")).method.radius == 5
     assert build_recipe(default_recipe("points", 10_000)).optimisation.iterations == 4000
 
 
