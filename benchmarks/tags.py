@@ -184,7 +184,7 @@ def run(row: Row, seed: int, options: argparse.Namespace) -> dict:
     found = json.loads(record.read_text())
     scores = folder / f"scores_{options.images}.json"
     if not scores.is_file():
-        values = {"cam": cam_miou(folder, found, options), "pseudo": pseudo_miou(folder, options)}
+        values = {"cam": cam_miou(folder, found, options), "pseudo": pseudo_miou(folder, found, options)}
         scores.write_text(json.dumps(values))
     return found | json.loads(scores.read_text())
 
@@ -267,14 +267,17 @@ def open_source(options: argparse.Namespace):
     return open_dataset(data_folder(options))
 
 
-def pseudo_miou(folder: Path, options: argparse.Namespace) -> dict | None:
+def pseudo_miou(folder: Path, record: dict, options: argparse.Namespace) -> dict | None:
     """The mIoU of the pseudo-labels where they are sure, and the part of pixels that is."""
-    from training.cam.scoring import score_labels
+    from training.cam.scoring import score_labels, score_made_labels
     from training.cam_stage import LABELS
+    from training.run import build_recipe
 
+    source = open_source(options)
+    if record["recipe"]["method"]["name"] == "tscd":
+        return score_made_labels(source, build_recipe(record["recipe"]), folder, scored_names(source, options))
     if not (folder / LABELS).is_dir():
         return None
-    source = open_source(options)
     return score_labels(source, folder / LABELS, scored_names(source, options))
 
 
@@ -283,7 +286,7 @@ def cam_miou(folder: Path, record: dict, options: argparse.Namespace) -> dict | 
     from training.cam.scoring import score_cams
     from training.run import build_recipe
 
-    if not (folder / "cams").is_dir():
+    if not (folder / "cams").is_dir() and record["recipe"]["method"]["name"] != "tscd":
         return None
     source = open_source(options)
     return score_cams(source, build_recipe(record["recipe"]), folder, scored_names(source, options))

@@ -31,6 +31,7 @@ from training.methods.tag_settings import (
     SharedFeatureSettings,
     TagsSettings,
     TokenSettings,
+    TSCDSettings,
 )
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT, load_checkpoint
@@ -192,6 +193,29 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
     return network.eval().encoder, method.eval()
 
 
+def single_stage_classifier(recipe: Recipe, folder: Path, classes: int) -> tuple[Encoder, ClassifierCams]:
+    """Encoder and classifier of a finished `tscd` run as its last step left them, in evaluation mode.
+
+    Args:
+        recipe: Of the run.
+        folder: The run's.
+        classes: Number of classes, with background.
+
+    Raises:
+        RecipeError: The run's method is another one.
+        TrainingError: There is no checkpoint of this recipe.
+    """
+    if not isinstance(recipe.method, TSCDSettings):
+        raise RecipeError([f"method.name: '{recipe.method.name}' is not of a single stage"])
+    state = load_checkpoint(folder / CHECKPOINT, recipe)["module"]
+    network = build_network(recipe.model.architecture, classes, weights="none", drop_path=recipe.model.drop_path)
+    method = ClassifierCams(recipe.method.cams, network.encoder, classes)
+    for module, prefix in ((network, "network."), (method.head, "method.head.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    device = make_fabric(recipe).device
+    return network.to(device).eval().encoder, method.to(device).eval()
+
+
 def stage_maps(recipe: Recipe, source: DataSource, folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
     """What the first stage's classifier says of images and tags (N, C), for the second; see `CamModel.class_maps`.
 
@@ -225,7 +249,8 @@ def _stage_recipe(recipe: Recipe) -> Recipe:
 
 def long_side_of(recipe: Recipe) -> int:
     """Pixels of the longer side at which images are read for their CAMs."""
-    return _settings(recipe).cam_long_side or default_long_side(recipe)
+    given = recipe.method.cam_long_side if isinstance(recipe.method, TagsSettings) else None
+    return given or default_long_side(recipe)
 
 
 def _settings(recipe: Recipe) -> TagsSettings:

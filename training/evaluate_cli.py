@@ -68,26 +68,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _first_stage(folder: Path, source: DataSource, names: Sequence[str]) -> dict[str, dict[str, float]]:
     from training.cam.pseudo_labels import PseudoLabelSource
-    from training.cam.scoring import score_cams, score_labels
+    from training.cam.scoring import score_cams, score_labels, score_made_labels
     from training.cam_stage import LABELS
-    from training.methods.tag_settings import TagsSettings
+    from training.methods.tag_settings import TagsSettings, TSCDSettings
     from training.recipe import build_recipe, read_recipe
-    from training.run import RECIPE
+    from training.run import MODEL, RECIPE
 
-    # Labels are there once the classifier is complete: nothing is trained here.
-    if not (folder / RECIPE).is_file() or not any((folder / LABELS).glob("*.png")):
+    path = folder / RECIPE
+    recipe = build_recipe(read_recipe(path), str(path)) if path.is_file() else None
+    method = None if recipe is None else recipe.method
+    # Labels are there once the classifier is complete, a model once a single stage is: nothing is trained here.
+    made = any((folder / LABELS).glob("*.png"))
+    if recipe is None or not (made or (isinstance(method, TSCDSettings) and (folder / MODEL).is_file())):
         raise DataError(
-            f"{folder} holds no {RECIPE} with {LABELS}/: --first-stage takes the folder (--out) of a training that "
-            "made labels before its segmenter (tags, sfc, propagate; not tscd)"
+            f"{folder} holds no {RECIPE} with {LABELS}/: --first-stage takes the folder (--out) of a finished training "
+            "from tags (tags, sfc, tscd), or of one that carried labels on (propagate)"
         )
-    recipe = build_recipe(read_recipe(folder / RECIPE), str(folder / RECIPE))
     found = {}
     tagged = [name for name in names if source.tags(name) is not None]
-    if tagged and isinstance(recipe.method, TagsSettings):
+    if tagged and isinstance(method, TagsSettings | TSCDSettings):
         found["class activation maps"] = score_cams(source, recipe, folder, tagged)
     labels = PseudoLabelSource(source, folder / LABELS)
     if labelled := [name for name in names if labels.path(name).is_file()]:  # training images alone have one
         found["pseudo-labels"] = score_labels(source, folder / LABELS, labelled)
+    elif tagged and isinstance(method, TSCDSettings):
+        found["pseudo-labels"] = score_made_labels(source, recipe, folder, tagged)
     if not found:
         raise DataError(f"{source.name}: no image with a mask has tags or a pseudo-label; is the split the right one?")
     return found

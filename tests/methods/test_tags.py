@@ -15,8 +15,8 @@ import training.token_stage
 from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
 from training.cam.pseudo_labels import write_label
-from training.cam.scoring import BACKGROUNDS, score_cams, score_labels
-from training.cam_stage import LABELS, STAGE, tag_counts
+from training.cam.scoring import BACKGROUNDS, score_cams, score_labels, score_made_labels
+from training.cam_stage import LABELS, STAGE, single_stage_classifier, tag_counts
 from training.data.dataset import open_dataset
 from training.evaluate_cli import main as evaluate_command
 from training.methods import Batch, build_method
@@ -647,4 +647,30 @@ def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys):
     assert "no image with a mask has tags or a pseudo-label" in out.err
     code, out = told(data, "train")
     assert code == 1
-    assert "takes the folder (--out) of a training that made labels" in out.err
+    assert "takes the folder (--out) of a finished training from tags" in out.err
+
+
+def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tagged, data)
+    values["method"] = {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0]}, "labels": {"high": 0.4}}
+    train(data, folder, values)
+    shutil.copy(data / "masks" / "scene9.png", data / "masks" / "scene3.png")
+    Image.fromarray(np.ones((SIZE, SIZE), np.uint8)).save(data / "masks" / "scene1.png")
+    source = open_dataset(data)
+    recipe = resolve_recipe(source, "tags", [values])
+    encoder, method = single_stage_classifier(recipe, folder, len(source.classes))
+    state = torch.load(folder / CHECKPOINT, weights_only=True)["module"]
+    for module, prefix in ((encoder, "network.encoder."), (method.head, "method.head.")):
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, state[prefix + name], rtol=0, atol=0)
+    with pytest.raises(SystemExit) as stop:
+        evaluate_command([str(folder), str(data), "--first-stage", "--split", "train", "--json"])
+    assert stop.value.code == 0
+    names = ["scene1", "scene3"]
+    assert json.loads(capsys.readouterr().out) == {
+        "class activation maps": score_cams(source, recipe, folder, names),
+        "pseudo-labels": score_made_labels(source, recipe, folder, names),
+    }
+    with pytest.raises(RecipeError, match="not of a single stage"):
+        single_stage_classifier(resolve_recipe(source, "tags", [values | {"method": two_stages()}]), folder, 4)

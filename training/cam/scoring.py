@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 from torch.nn import functional as F
 
-from training.cam.labels import plain_labels, presence, present_cams
-from training.cam.pseudo_labels import PseudoLabelSource, network_image
-from training.cam_stage import long_side_of, trained_classifier, whole_image_cams
+from training.cam.labels import plain_labels, presence, present_cams, refined_labels, sure_labels
+from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label
+from training.cam_stage import long_side_of, single_stage_classifier, trained_classifier, whole_image_cams
 from training.data.dataset import DataSource
 from training.evaluate import Evaluator
+from training.methods.cam_methods import CamModel
+from training.methods.label_rule import label_rule
+from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.recipe import Recipe
+from training.token_stage import Labels
 from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import encoder_preprocessing
+from wsss_deploy.networks.encoder import Encoder
 
 BACKGROUNDS = tuple(round(0.05 * step, 2) for step in range(2, 18))
 
@@ -38,15 +44,13 @@ def score_labels(source: DataSource, folder: Path, names: Sequence[str]) -> dict
         if not labelled.path(name).is_file() or "masks" not in source.kinds(name):
             continue
         found, truth = labelled.load_labels(name, "masks"), source.load_labels(name, "masks")
-        known = found != IGNORE_INDEX
-        sure += float(known.mean())
+        sure += _update(evaluator, found, truth)
         images += 1
-        evaluator.update(np.where(known, found, 0).astype(np.uint8), np.where(known, truth, IGNORE_INDEX))
     return {"miou": evaluator.result().miou, "sure": sure / images, "images": images}
 
 
 def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """Plainly thresholded CAMs of a run's first stage, at the best background score.
+    """Plainly thresholded CAMs of a run's first stage, or of `tscd` as it ended, at the best background score.
 
     Args:
         source: With masks and tags.
@@ -57,15 +61,11 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
     Returns:
         `miou`, the `background` score at which it is best on these very images, `images`.
     """
-    encoder, method = trained_classifier(recipe, source, folder)
-    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
-    autocast = make_fabric(recipe).autocast
+    cams_of, _ = _classifier(source, recipe, folder)
     evaluators = [Evaluator(source.classes) for _ in BACKGROUNDS]
     for name in names:
-        image, tags, truth = source.load_image(name), source.tags(name) or (), source.load_labels(name, "masks")
-        view = network_image(image, long_side_of(recipe), preprocessing)
-        with autocast():
-            cams = whole_image_cams(encoder, method, view, tags).cpu()
+        tags, truth = source.tags(name) or (), source.load_labels(name, "masks")
+        cams = cams_of(source.load_image(name), tags)
         cams = F.interpolate(cams, size=truth.shape, mode="bilinear", align_corners=False)
         own = present_cams(cams, presence(tags, cams.shape[1]))
         for evaluator, background in zip(evaluators, BACKGROUNDS, strict=True):
@@ -74,3 +74,47 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
     scores = [evaluator.result().miou for evaluator in evaluators]
     best = int(np.argmax(scores))
     return {"miou": scores[best], "background": BACKGROUNDS[best], "images": len(names)}
+
+
+def score_made_labels(source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """Labels that the run's rule makes of whole images' CAMs, where they are sure: for `tscd`, which keeps none.
+
+    Args as in `score_cams`, returns as `score_labels`.
+    """
+    assert isinstance(recipe.method, TagsSettings | TSCDSettings)
+    cams_of, knows_background = _classifier(source, recipe, folder)
+    rule, make = label_rule(recipe.method.labels), sure_labels if knows_background else refined_labels
+    evaluator, sure = Evaluator(source.classes), 0.0
+    for name in names:
+        image, tags, truth = source.load_image(name), source.tags(name) or (), source.load_labels(name, "masks")
+        found = pseudo_label(image, cams_of(image, tags), tags, rule, make)
+        sure += _update(evaluator, found, truth)
+    return {"miou": evaluator.result().miou, "sure": sure / len(names), "images": len(names)}
+
+
+def _update(evaluator: Evaluator, found: Labels, truth: Labels) -> float:
+    """Count sure pixels; their part of all."""
+    known = found != IGNORE_INDEX
+    evaluator.update(np.where(known, found, 0).astype(np.uint8), np.where(known, truth, IGNORE_INDEX))
+    return float(known.mean())
+
+
+def _classifier(
+    source: DataSource, recipe: Recipe, folder: Path
+) -> tuple[Callable[[Labels, Sequence[int]], Tensor], bool]:
+    """CAMs of an image and its tags, (1, K, h, w), and whether they know the background."""
+    encoder: Encoder
+    method: CamModel
+    if isinstance(recipe.method, TSCDSettings):
+        encoder, method = single_stage_classifier(recipe, folder, len(source.classes))
+    else:
+        encoder, method = trained_classifier(recipe, source, folder)
+    preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
+    autocast = make_fabric(recipe).autocast
+
+    def cams_of(image: Labels, tags: Sequence[int]) -> Tensor:
+        with autocast():
+            view = network_image(image, long_side_of(recipe), preprocessing)
+            return whole_image_cams(encoder, method, view, tags).cpu()
+
+    return cams_of, method.knows_background
