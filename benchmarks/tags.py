@@ -50,10 +50,13 @@ _CALIBRATED = (*_VARM, "cams.calibration={}")
 ROWS = (
     # Classifiers that learn together with the encoder, as published methods have it.
     Row("plain", "tags", (*_LEARNING, "labels.refiner=off")),
-    # What decides about it: the encoder's rate, the part of the cells that makes the score, the depth.
+    # What decides about it: the encoder's rate, the part of the cells that makes the score, the depth, the classifier's
+    # rate, whether the first layers learn.
     Row("plain-rate", "tags", (*_LEARNING, "cam_learning_rate=1e-4", "cam_head_factor=30")),
     Row("plain-average", "tags", (*_LEARNING, "cams.pooling=1.0")),
     Row("plain-depth", "tags", (*_LEARNING, f"cams.depths=[{10 / 12}]", f"cams.depth={10 / 12}")),
+    Row("plain-head", "tags", (*_LEARNING, "labels.refiner=off", "cam_head_factor=50")),
+    Row("plain-thawed", "tags", (*_LEARNING, "labels.refiner=off", "cam_frozen=0")),
     Row("par", "tags", (*_LEARNING, "labels.refiner=par", _RGB), "plain"),
     Row("varm", "tags", (*_LEARNING, "labels.refiner=varm", _RGB), "plain"),
     Row("opponent", "tags", (*_LEARNING, "labels.refiner=varm"), "plain"),
