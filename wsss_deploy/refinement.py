@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import PairwiseParameters, choose, refine
+from wsss_deploy.pairwise.api import Storage
 from wsss_deploy.pairwise.guides import make_guide
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ DEFAULT = Refinement(
 STRONG = Refinement(
     parameters=PairwiseParameters(kind="par", dilations=(2, 4, 8, 16), iterations=8, normalise=True), guide="opponent"
 )
+
+
+_COMPACT_CLASSES = 64
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,15 @@ class Refiner:
             images: What the network saw, RGB uint8 (N, H, W, 3), of the same library and on the same device.
 
         Returns:
-            (N, C, H, W). Where a Gaussian affinity finds no neighbour alike, the scores stay the network's.
+            (N, C, H, W). Where a Gaussian affinity finds no neighbour alike, the scores stay the network's. Up to 64
+            classes are refined in 16-bit storage where the compiled form has it (`wsss_deploy.pairwise.refine`), which
+            changes a score by about 1e-4; their sum stays 1 to within 1e-3.
         """
         parameters = self._settings.parameters
         guide = make_guide(images, self._settings.guide)
-        refined = refine(scores, guide, parameters, threads=self._threads, storage="compact")
+        # Of very many classes the small ones would add up to something that 16 bits lose.
+        storage: Storage = "compact" if scores.shape[1] <= _COMPACT_CLASSES else "full"
+        refined = refine(scores, guide, parameters, threads=self._threads, storage=storage)
         return keep_lone(refined, scores, parameters)
 
 

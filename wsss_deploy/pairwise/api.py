@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Array = TypeVar("Array", "NDArray[np.floating]", "torch.Tensor")
+#: See `refine`.
 Storage = Literal["full", "compact"]
 
 
@@ -116,8 +117,9 @@ def refine(
         threads: As in `affinity`.
         storage: What the compiled form of the CPU keeps weights and the masks between steps as. "full" is their own
             type. "compact" is 16 bits (weights as float16 with their exact sums, masks in 65535 levels), which takes
-            about half of the time and differs by less than 1e-3: for float32 masks in [0, 1] and kind par, or
-            normalised gaussian, without a mean field, on AVX2 and AVX-512. All else is computed as with "full".
+            half of the memory and two thirds of the time and differs by less than 1e-3: for float32 masks in [0, 1]
+            and a finite guide, kind par or normalised gaussian without a mean field, at most 100 steps, on AVX2 and
+            AVX-512. All else is computed as with "full", and so is a whole batch if one of its images does not fit.
 
     Returns:
         (N, C, H, W). Without `parameters.normalise` par scales the masks by 1.01 a step and varm by 0.99.

@@ -192,7 +192,8 @@ bool refine(const Plan& given, const Kernels<S, T>& kernels, Shape shape, const 
   const Buffer<Weight<T>> weights(block_size * std::size_t(blocks) * std::size_t(height));
   const std::size_t scratch_size = std::size_t(1 + affinity_scratch) * std::size_t(count) * std::size_t(lanes);
   const Buffer<S> scratch(scratch_size * std::size_t(threads));
-  std::atomic<bool> fits = true;
+  // Two, as members leave where masks do not fit: nobody may hear of it before all have passed that place.
+  std::atomic<bool> masks_fit = true, weights_fit = true;
   run_team(threads, [&](Member member) {
     S* own = scratch.get() + scratch_size * std::size_t(member.index);
     const int top = member.first(height), bottom = member.last(height);
@@ -200,17 +201,17 @@ bool refine(const Plan& given, const Kernels<S, T>& kernels, Shape shape, const 
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = top; y < bottom; ++y) {
         packed_guide.pack(plan, guide + n * shape.guide_channels * plane, y, copied<S>);
-        if (!even.pack(plan, masks + n * size, y, kernels.pack)) fits = false;
+        if (!even.pack(plan, masks + n * size, y, kernels.pack)) masks_fit = false;
       }
       member.meet();
-      if (!fits) return;
+      if (!masks_fit) return;
       // Step t of the blocks [first, last) of row y; `more`: the next row's come soon after.
       const auto advance = [&](int t, int y, int first, int last, bool more) {
         const Image<Mask<T>>&from = t % 2 ? odd : even, &to = t % 2 ? even : odd;
         const bool final = t + 1 == iterations;
         Weight<T>* w = weights.get() + block_size * (std::size_t(y) * std::size_t(blocks) + std::size_t(first));
         // The first step computes the weights that it uses; they are still in the cache.
-        if (t == 0) kernels.affinity(plan, packed_guide, y, first, last, w, own);
+        if (t == 0 && !kernels.affinity(plan, packed_guide, y, first, last, w, own)) weights_fit = false;
         const Weight<T>* next = t > 0 && more ? w + block_size * std::size_t(blocks) : nullptr;
         const auto softmax = [&](RowTarget<S> target) {
           if (unary)
@@ -258,7 +259,7 @@ bool refine(const Plan& given, const Kernels<S, T>& kernels, Shape shape, const 
       }
     }
   });
-  return fits;
+  return masks_fit && weights_fit;
 }
 
 template <class S, class T>
@@ -286,7 +287,7 @@ double most_growth(const Plan& plan, int iterations) {
 
 bool fits_compact(const Plan& plan, int iterations) {
   const bool convex = plan.kind == Kind::par || (plan.kind == Kind::gaussian && plan.normalise);
-  return convex && most_growth(plan, iterations) <= 4;
+  return convex && iterations <= 100 && most_growth(plan, iterations) <= 4;
 }
 
 const char* best_instruction_set() {

@@ -26,7 +26,7 @@ void step(const Plan&, const Kernels<S>&, Shape, const S* masks, const S* weight
           S* out, int threads);
 
 // Affinity and `iterations` steps, weights and masks in the kernels' own layout throughout. With Compact storage `unary` is
-// null; false, and nothing of use in `out`, where the masks do not fit it.
+// null; false, and nothing of use in `out`, where the masks or the guide (NaN, infinity) do not fit it.
 template <class S, class T>
 bool refine(const Plan&, const Kernels<S, T>&, Shape, const S* masks, const S* guide, const S* unary, double compatibility,
             int iterations, S* out, int threads);
@@ -34,7 +34,8 @@ bool refine(const Plan&, const Kernels<S, T>&, Shape, const S* masks, const S* g
 // By how much `iterations` steps can raise the largest value of masks, at least 1.
 double most_growth(const Plan&, int iterations);
 
-// Whether Compact storage can hold weights and masks: weights nowhere negative, masks that hardly grow.
+// Whether Compact storage can hold weights and masks: weights nowhere negative, masks that hardly grow, few enough steps
+// that what rounding adds in each stays below 1e-3 (1000 steps: 4e-3).
 bool fits_compact(const Plan&, int iterations);
 
 }  // namespace wsss

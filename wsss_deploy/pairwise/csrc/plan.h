@@ -92,8 +92,9 @@ constexpr std::size_t block_values(int count, int lanes) {
 template <class S, class T = S>
 struct Kernels {
   int lanes;
-  // Weights of the blocks [first, last) of row y; scratch holds (1 + affinity_scratch) * count() * lanes values.
-  void (*affinity)(const Plan&, const Packed<S>& guide, int y, int first, int last, Weight<T>* weights, S* scratch);
+  // Weights of the blocks [first, last) of row y; scratch holds (1 + affinity_scratch) * count() * lanes values. False if
+  // one of them cannot be stored.
+  bool (*affinity)(const Plan&, const Packed<S>& guide, int y, int first, int last, Weight<T>* weights, S* scratch);
   // Weighted sums of the blocks [first, last) of row y; `next`: the weights used after these, to be prefetched, or null.
   void (*step)(const Plan&, const Packed<Mask<T>>& masks, int y, int first, int last, const Weight<T>* weights,
                const Weight<T>* next, RowTarget<Mask<T>>);
