@@ -39,7 +39,7 @@ from training.token_stage import default_long_side, fitted_tokens, pretrained_en
 from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
 from wsss_deploy.card import ModelCard
-from wsss_deploy.errors import RecipeError
+from wsss_deploy.errors import RecipeError, TrainingError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import build_network, encoder_preprocessing
 from wsss_deploy.networks.encoder import Encoder
@@ -193,27 +193,56 @@ def trained_classifier(recipe: Recipe, source: DataSource, folder: Path, show: b
     return network.eval().encoder, method.eval()
 
 
-def single_stage_classifier(recipe: Recipe, folder: Path, classes: int) -> tuple[Encoder, ClassifierCams]:
-    """Encoder and classifier of a finished `tscd` run as its last step left them, in evaluation mode.
+def finished_classifier(
+    recipe: Recipe, folder: Path, classes: int, device: str | None = None
+) -> tuple[Encoder, CamModel]:
+    """Encoder and classifier of a run as its training left them, in evaluation mode; nothing is trained or written.
 
     Args:
-        recipe: Of the run.
+        recipe: Of the run: `tags` or `sfc`, whose first stage's they are, or `tscd`.
         folder: The run's.
         classes: Number of classes, with background.
+        device: In place of the recipe's.
 
     Raises:
         RecipeError: The run's method is another one.
-        TrainingError: There is no checkpoint of this recipe.
+        TrainingError: Their training has no checkpoint of this recipe, or has not ended.
     """
-    if not isinstance(recipe.method, TSCDSettings):
-        raise RecipeError([f"method.name: '{recipe.method.name}' is not of a single stage"])
-    state = load_checkpoint(folder / CHECKPOINT, recipe)["module"]
+    here = recipe if device is None else recipe.model_copy(update={"device": device})
+    place = make_fabric(here).device
+    if isinstance(recipe.method, TSCDSettings):
+        path, stage = folder / CHECKPOINT, recipe
+    else:
+        path, stage = folder / STAGE / CHECKPOINT, _stage_recipe(recipe)
+    saved = load_checkpoint(path, stage)
+    method: CamModel
+    if isinstance(recipe.method, TagsSettings) and isinstance(recipe.method.cams, TokenSettings):
+        encoder = pretrained_encoder(here, classes)
+        method = TokenCams(recipe.method.cams, encoder, classes)
+        method.load_state_dict(saved["classifier"])
+        return encoder, method.to(place).eval()
+    if saved["iteration"] < stage.optimisation.iterations:
+        raise TrainingError(
+            f"{path}: is at iteration {saved['iteration']} of {stage.optimisation.iterations}; finish the run with "
+            "--resume first"
+        )
     network = build_network(recipe.model.architecture, classes, weights="none", drop_path=recipe.model.drop_path)
-    method = ClassifierCams(recipe.method.cams, network.encoder, classes)
-    for module, prefix in ((network, "network."), (method.head, "method.head.")):
+    parts: list[tuple[torch.nn.Module, str]] = [(network, "network.")]
+    cams = recipe.method.cams if isinstance(recipe.method, TSCDSettings) else _settings(recipe).cams
+    if isinstance(cams, CamSettings):
+        classifier = ClassifierCams(cams, network.encoder, classes)
+        parts.append((classifier.head, "method.head."))
+        method = classifier
+    else:
+        assert isinstance(cams, SharedFeatureSettings)
+        # What counts of images decide acts in training alone.
+        even = (1,) * (classes - 1)
+        method = SharedFeatureCams(cams, network.encoder, classes, recipe.augmentation.size, even, 1.0)
+        parts.append((method, "method."))
+    for module, prefix in parts:
+        state = saved["module"]
         module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    device = make_fabric(recipe).device
-    return network.to(device).eval().encoder, method.to(device).eval()
+    return network.to(place).eval().encoder, method.to(place).eval()
 
 
 def stage_maps(recipe: Recipe, source: DataSource, folder: Path) -> Callable[[Tensor, Tensor], Tensor]:

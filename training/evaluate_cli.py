@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from wsss_deploy.cli.common import ArgumentParser, run_command
-from wsss_deploy.errors import DataError
+from wsss_deploy.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from training.data.dataset import DataSource
@@ -53,8 +54,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if not names:
         raise DataError(f"{source.name}: no image of split '{arguments.split}' has a mask; evaluation needs masks")
     if arguments.first_stage:
-        found = _first_stage(arguments.model, source, names)
-        print(json.dumps(found) if arguments.json else _told(found))
+        if arguments.refine is not None:
+            raise UsageError(
+                "--first-stage scores what a run made before its model; leave out --refine and --no-refine"
+            )
+        found = _first_stage(arguments.model, source, names, arguments.device)
+        # Where no pixel is sure there is no mIoU, which JSON calls null.
+        plain = {kind: row | ({} if math.isfinite(row["miou"]) else {"miou": None}) for kind, row in found.items()}
+        print(json.dumps(plain) if arguments.json else _told(found))
         return 0
     segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine)
     console = Console(file=sys.stderr)
@@ -66,33 +73,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _first_stage(folder: Path, source: DataSource, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def _first_stage(folder: Path, source: DataSource, names: Sequence[str], device: str) -> dict[str, dict[str, float]]:
     from training.cam.pseudo_labels import PseudoLabelSource
     from training.cam.scoring import score_cams, score_labels, score_made_labels
     from training.cam_stage import LABELS
     from training.methods.tag_settings import TagsSettings, TSCDSettings
     from training.recipe import build_recipe, read_recipe
-    from training.run import MODEL, RECIPE
+    from training.run import RECIPE, prepare_source
 
     path = folder / RECIPE
     recipe = build_recipe(read_recipe(path), str(path)) if path.is_file() else None
     method = None if recipe is None else recipe.method
-    # Labels are there once the classifier is complete, a model once a single stage is: nothing is trained here.
+    from_tags = isinstance(method, TagsSettings | TSCDSettings)
     made = any((folder / LABELS).glob("*.png"))
-    if recipe is None or not (made or (isinstance(method, TSCDSettings) and (folder / MODEL).is_file())):
+    if recipe is None or not (made or from_tags):
         raise DataError(
-            f"{folder} holds no {RECIPE} with {LABELS}/: --first-stage takes the folder (--out) of a finished training "
-            "from tags (tags, sfc, tscd), or of one that carried labels on (propagate)"
+            f"{folder} holds no {RECIPE} with {LABELS}/: --first-stage takes the folder (--out) of a training from "
+            "tags, or of one that carried labels on (propagate)"
         )
+    if recipe.supervision in ("auto", "masks") and not from_tags:
+        raise DataError(f"{folder}: its labels of images with masks are these masks; there is nothing to compare")
+    source, _ = prepare_source(source, recipe)  # tags may have been simulated
     found = {}
     tagged = [name for name in names if source.tags(name) is not None]
-    if tagged and isinstance(method, TagsSettings | TSCDSettings):
-        found["class activation maps"] = score_cams(source, recipe, folder, tagged)
+    if tagged and from_tags:
+        found["class activation maps"] = score_cams(source, recipe, folder, tagged, device)
     labels = PseudoLabelSource(source, folder / LABELS)
     if labelled := [name for name in names if labels.path(name).is_file()]:  # training images alone have one
         found["pseudo-labels"] = score_labels(source, folder / LABELS, labelled)
     elif tagged and isinstance(method, TSCDSettings):
-        found["pseudo-labels"] = score_made_labels(source, recipe, folder, tagged)
+        found["pseudo-labels"] = score_made_labels(source, recipe, folder, tagged, device)
     if not found:
         raise DataError(f"{source.name}: no image with a mask has tags or a pseudo-label; is the split the right one?")
     return found

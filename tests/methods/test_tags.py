@@ -16,7 +16,7 @@ from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
 from training.cam.pseudo_labels import write_label
 from training.cam.scoring import BACKGROUNDS, score_cams, score_labels, score_made_labels
-from training.cam_stage import LABELS, STAGE, single_stage_classifier, tag_counts
+from training.cam_stage import LABELS, STAGE, finished_classifier, tag_counts
 from training.data.dataset import open_dataset
 from training.evaluate_cli import main as evaluate_command
 from training.methods import Batch, build_method
@@ -617,8 +617,13 @@ def test_scores_of_cams_and_pseudo_labels(tagged, tmp_path, values):
     assert exact["sure"] == pytest.approx(1 - 2 / SIZE)
 
 
-def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys):
-    data, folder, values = tmp_path / "data", tmp_path / "run", values | {"method": two_stages()}
+@pytest.mark.parametrize(
+    "method",
+    [two_stages(), two_stages("sfc", cams=SHARED), {"name": "tags", "cams": TOKENS}],
+    ids=["classifier", "sfc", "tokens"],
+)
+def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys, method):
+    data, folder, values = tmp_path / "data", tmp_path / "run", values | {"method": method}
     shutil.copytree(tagged, data)
     train(data, folder, values)
     # Masks of training images, which no training reads: two of them the very pseudo-labels, a third is another class.
@@ -642,12 +647,21 @@ def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys):
     code, out = told(folder, "train")
     assert code == 0
     assert "pseudo-labels: mIoU 0." in out.out
+    # Nothing is trained or written, not even where the classifier is gone.
+    before = sorted(path for path in folder.rglob("*"))
+    assert told(folder, "train", "--device", "cpu")[0] == 0
+    assert sorted(path for path in folder.rglob("*")) == before
+    assert "--refine" in told(folder, "train", "--refine")[1].err
+    shutil.move(folder / STAGE / CHECKPOINT, tmp_path / "kept.pt")
+    assert told(folder, "train")[0] == 1
+    assert not (folder / STAGE / CHECKPOINT).exists()
+    shutil.move(tmp_path / "kept.pt", folder / STAGE / CHECKPOINT)
     code, out = told(folder, "val")
     assert code == 1
     assert "no image with a mask has tags or a pseudo-label" in out.err
     code, out = told(data, "train")
     assert code == 1
-    assert "takes the folder (--out) of a finished training from tags" in out.err
+    assert "takes the folder (--out) of a training from tags" in out.err
 
 
 def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
@@ -659,7 +673,7 @@ def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
     Image.fromarray(np.ones((SIZE, SIZE), np.uint8)).save(data / "masks" / "scene1.png")
     source = open_dataset(data)
     recipe = resolve_recipe(source, "tags", [values])
-    encoder, method = single_stage_classifier(recipe, folder, len(source.classes))
+    encoder, method = finished_classifier(recipe, folder, len(source.classes))
     state = torch.load(folder / CHECKPOINT, weights_only=True)["module"]
     for module, prefix in ((encoder, "network.encoder."), (method.head, "method.head.")):
         for name, value in module.state_dict().items():
@@ -672,5 +686,3 @@ def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
         "class activation maps": score_cams(source, recipe, folder, names),
         "pseudo-labels": score_made_labels(source, recipe, folder, names),
     }
-    with pytest.raises(RecipeError, match="not of a single stage"):
-        single_stage_classifier(resolve_recipe(source, "tags", [values | {"method": two_stages()}]), folder, 4)

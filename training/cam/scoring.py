@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from training.cam.labels import plain_labels, presence, present_cams, refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label
-from training.cam_stage import long_side_of, single_stage_classifier, trained_classifier, whole_image_cams
+from training.cam_stage import finished_classifier, long_side_of, whole_image_cams
 from training.data.dataset import DataSource
 from training.evaluate import Evaluator
-from training.methods.cam_methods import CamModel
 from training.methods.label_rule import label_rule
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.recipe import Recipe
@@ -22,7 +21,6 @@ from training.token_stage import Labels
 from training.trainer import make_fabric
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import encoder_preprocessing
-from wsss_deploy.networks.encoder import Encoder
 
 BACKGROUNDS = tuple(round(0.05 * step, 2) for step in range(2, 18))
 
@@ -49,19 +47,24 @@ def score_labels(source: DataSource, folder: Path, names: Sequence[str]) -> dict
     return {"miou": evaluator.result().miou, "sure": sure / images, "images": images}
 
 
-def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str]) -> dict[str, float]:
+def score_cams(
+    source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str], device: str | None = None
+) -> dict[str, float]:
     """Plainly thresholded CAMs of a run's first stage, or of `tscd` as it ended, at the best background score.
+
+    Nothing is trained or written.
 
     Args:
         source: With masks and tags.
         recipe: Of the run.
         folder: The run's.
         names: Images with masks.
+        device: In place of the recipe's.
 
     Returns:
         `miou`, the `background` score at which it is best on these very images, `images`.
     """
-    cams_of, _ = _classifier(source, recipe, folder)
+    cams_of, _ = _classifier(source, recipe, folder, device)
     evaluators = [Evaluator(source.classes) for _ in BACKGROUNDS]
     for name in names:
         tags, truth = source.tags(name) or (), source.load_labels(name, "masks")
@@ -76,13 +79,15 @@ def score_cams(source: DataSource, recipe: Recipe, folder: Path, names: Sequence
     return {"miou": scores[best], "background": BACKGROUNDS[best], "images": len(names)}
 
 
-def score_made_labels(source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str]) -> dict[str, float]:
+def score_made_labels(
+    source: DataSource, recipe: Recipe, folder: Path, names: Sequence[str], device: str | None = None
+) -> dict[str, float]:
     """Labels that the run's rule makes of whole images' CAMs, where they are sure: for `tscd`, which keeps none.
 
     Args as in `score_cams`, returns as `score_labels`.
     """
     assert isinstance(recipe.method, TagsSettings | TSCDSettings)
-    cams_of, knows_background = _classifier(source, recipe, folder)
+    cams_of, knows_background = _classifier(source, recipe, folder, device)
     rule, make = label_rule(recipe.method.labels), sure_labels if knows_background else refined_labels
     evaluator, sure = Evaluator(source.classes), 0.0
     for name in names:
@@ -100,17 +105,13 @@ def _update(evaluator: Evaluator, found: Labels, truth: Labels) -> float:
 
 
 def _classifier(
-    source: DataSource, recipe: Recipe, folder: Path
+    source: DataSource, recipe: Recipe, folder: Path, device: str | None
 ) -> tuple[Callable[[Labels, Sequence[int]], Tensor], bool]:
     """CAMs of an image and its tags, (1, K, h, w), and whether they know the background."""
-    encoder: Encoder
-    method: CamModel
-    if isinstance(recipe.method, TSCDSettings):
-        encoder, method = single_stage_classifier(recipe, folder, len(source.classes))
-    else:
-        encoder, method = trained_classifier(recipe, source, folder)
+    encoder, method = finished_classifier(recipe, folder, len(source.classes), device)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
-    autocast = make_fabric(recipe).autocast
+    here = recipe if device is None else recipe.model_copy(update={"device": device})
+    autocast = make_fabric(here).autocast
 
     def cams_of(image: Labels, tags: Sequence[int]) -> Tensor:
         with autocast():
