@@ -155,6 +155,7 @@ def step_function(parameters: PairwiseParameters, opset: int) -> onnx.FunctionPr
     for k in range(len(parameters.offsets)):
         weight = body.add("Slice", "weights", body.integers(k), body.integers(k + 1), body.integers(1))
         # The size is asked of the running sum: a runtime then cannot take all neighbours first and hold K of them.
+        # (Where all sizes are fixed it may, as it then knows the answer.)
         size = body.size_of(result or "masks")
         product = body.add("Mul", body.neighbour(padded, size, k), weight)
         result = body.add("Add", result, product) if result else product

@@ -337,15 +337,17 @@ def default_recipe(
             chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
         if method == "dfr":
             # For the same reasons; the deep kernel waits until features tell classes apart.
-            near = {"radius": 2, "xy": 2.0} if supervision == "scribbles" else {}
+            near = {} if supervision == "points" else {"radius": 2, "xy": 2.0}
             kept = {key: chosen[key] for key in ("class_weights", "absent", "spread", "teacher") if key in chosen}
             chosen = {"name": "dfr", "start": 0.3, "deep_start": 0.5, "rgb": 0.4, **near, **kept}
     if supervision == "tags":
         chosen = {"name": "sfc" if method == "sfc" else "tags"}
         if not pretrained:
             # An encoder that knows nothing has to learn, and at more than a pretrained one's rate.
-            chosen |= {"cam_learning_rate": 1e-4, "cam_head_factor": 30.0}
+            chosen |= {"cam_learning_rate": 1e-4, "cam_head_factor": 30.0, "cam_frozen": 0.0}
             chosen |= {} if method == "sfc" else {"cams": {"kind": "classifier"}}
+        if method == "tscd":
+            chosen = {"name": "tscd"} | ({} if pretrained else {"frozen": 0.0})
     # A few hundred images train within minutes on a CPU; larger sets deserve more steps.
     iterations = int(min(4000, max(500, 100 * round(0.8 * train_images / 100))))
     optimisation: dict[str, Any] = {"iterations": iterations}

@@ -74,12 +74,27 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise TrainingError(f"{path}: not a training state; --resume reads {CHECKPOINT}, fine-tuning takes --weights")
     if content["digest"] != recipe_digest(recipe):
-        changed = _differences(content["recipe"], recipe.model_dump(mode="json"))
+        now = recipe.model_dump(mode="json")
+        changed = _differences(content["recipe"], now)
+        if changed and all(_lacks(content["recipe"], key) for key in changed):
+            raise TrainingError(
+                f"{path}: was written by a version of this package without {', '.join(changed)}; start a new run with "
+                "another --out"
+            )
         raise TrainingError(
             f"{path}: was written by another recipe (differs in {', '.join(changed) or 'format'}); resume with the "
             "run's own recipe.yaml, or start a new run with another --out"
         )
     return content
+
+
+def _lacks(values: Any, key: str) -> bool:
+    """Whether nested mappings have no entry of a dotted name."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return True
+        values = values[part]
+    return False
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -686,3 +686,28 @@ def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
         "class activation maps": score_cams(source, recipe, folder, names),
         "pseudo-labels": score_made_labels(source, recipe, folder, names),
     }
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 3])
+def test_the_first_layers_of_a_single_stage_stay_as_they_are(tagged, tmp_path, values, share):
+    values["method"] = {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0]}, "frozen": share}
+    train(tagged, tmp_path / "run", values)
+    recipe = resolve_recipe(open_dataset(tagged), "tags", [values])
+    torch.manual_seed(recipe.seed)
+    before = build_network(recipe.model.architecture, 4, weights="none").encoder.state_dict()
+    encoder, _ = finished_classifier(recipe, tmp_path / "run", 4)
+    moved = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+    assert ("model.patch_embed.proj.weight" in moved) == (share == 0)
+    assert any("blocks.5" in name for name in moved)
+
+
+def test_a_checkpoint_of_a_version_without_an_option_says_so(tagged, tmp_path, values):
+    values["method"] = {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0]}}
+    train(tagged, tmp_path / "run", values)
+    path = tmp_path / "run" / CHECKPOINT
+    content = torch.load(path, weights_only=True)
+    del content["recipe"]["method"]["frozen"]
+    torch.save(content | {"digest": "of another version"}, path)
+    (tmp_path / "run" / "model.pt").unlink()
+    with pytest.raises(TrainingError, match=r"a version of this package without method\.frozen; start a new run"):
+        train(tagged, tmp_path / "run", values, resume=True)

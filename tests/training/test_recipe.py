@@ -23,11 +23,31 @@ def test_defaults_are_valid_for_every_supervision():
     assert build_recipe(default_recipe("points", 300, method="gated_crf")).method.propagate is None
 
 
+def test_short_runs_of_dfr_begin_its_terms_later():
+    for supervision in ("scribbles", "auto"):
+        dfr = build_recipe(default_recipe(supervision, 300, method="dfr")).method
+        assert (dfr.name, dfr.radius, dfr.absent) == ("dfr", 2, None)
+        assert 0.1 < dfr.start < dfr.deep_start
+    points = build_recipe(default_recipe("points", 300, method="dfr")).method
+    assert points.radius == 5
+    assert points.absent is not None
+    own = merge(default_recipe("scribbles", 300, method="dfr"), {"method": {"name": "dfr", "start": 0.1}})
+    assert build_recipe(own).method.start == 0.1
+    assert build_recipe(own).method.radius == 2
+
+
+def test_layers_that_know_nothing_do_not_stay_as_they_are():
+    def options(method, pretrained):
+        return build_recipe(default_recipe("tags", 300, pretrained, method=method)).method
+
+    assert options("tscd", True).frozen > 0
+    assert options("sfc", True).cam_frozen > 0
+    assert options("tscd", False).frozen == 0
+    assert options("sfc", False).cam_frozen == 0
+    assert options(None, False).cam_frozen == 0
+
+
 def test_larger_sets_train_longer():
-    dfr = build_recipe(default_recipe("scribbles", 300, method="dfr")).method
-    assert (dfr.name, dfr.radius, dfr.absent) == ("dfr", 2, None)
-    assert 0.1 < dfr.start < dfr.deep_start
-    assert build_recipe(default_recipe("points", 300, method="dfr")).method.radius == 5
     assert build_recipe(default_recipe("points", 10_000)).optimisation.iterations == 4000
 
 

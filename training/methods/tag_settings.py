@@ -277,7 +277,8 @@ class TSCDSettings(_Strict):
     Attributes:
         cams: How CAMs come about.
         labels: How CAMs become labels.
-        frozen: Part of the encoder's layers, from the image on, that stay as they are; `TagsSettings.cam_frozen`.
+        frozen: Part of the encoder's layers, from the image on, whose weights stay as they are (a batch norm's running
+            statistics do not); `TagsSettings.cam_frozen`.
         start: All terms but the classification act after this fraction of the training.
         segmentation_weight: Of the balanced cross-entropy against refined CAM labels.
         affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
