@@ -45,7 +45,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
     axes.set_xlabel("length of every scribble (0: a point, 1: along the whole region)")
     axes.set_ylabel("mIoU on val, %")
     axes.set_xticks(list(LENGTHS))
-    axes.margins(y=0.15)
+    axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
