@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.best_and_worst import image_miou
 from training.cam.labels import presence, present_cams, refined_labels, sure_labels
 from training.cam.pseudo_labels import network_image, pseudo_label
-from training.cam_stage import long_side_of, trained_classifier, whole_image_cams
+from training.cam_stage import finished_classifier, long_side_of, whole_image_cams
 from training.contact_sheet import SheetRow, contact_sheet
 from training.data.dataset import open_dataset
 from training.methods.label_rule import label_rule
@@ -51,7 +51,7 @@ def main() -> int:
 
     source, segmenter = open_dataset(options.data), Segmenter(options.run / "model.pt", refine=False)
     recipe = build_recipe(read_recipe(options.run / "recipe.yaml"))
-    encoder, method = trained_classifier(recipe, source, options.run)
+    encoder, method = finished_classifier(recipe, options.run, len(source.classes))
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     make = sure_labels if method.knows_background else refined_labels
     scores: dict[str, float] = {}

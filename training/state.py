@@ -74,8 +74,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise TrainingError(f"{path}: not a training state; --resume reads {CHECKPOINT}, fine-tuning takes --weights")
     if content["digest"] != recipe_digest(recipe):
-        now = recipe.model_dump(mode="json")
-        changed = _differences(content["recipe"], now)
+        changed = _differences(content["recipe"], recipe.model_dump(mode="json"))
         if changed and all(_lacks(content["recipe"], key) for key in changed):
             raise TrainingError(
                 f"{path}: was written by a version of this package without {', '.join(changed)}; start a new run with "

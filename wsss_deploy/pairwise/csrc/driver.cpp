@@ -64,12 +64,6 @@ struct Image : Packed<S> {
   Buffer<S> memory;
 };
 
-template <class S>
-bool copied(const Plan&, const S* from, S* to, int count) {
-  std::memcpy(to, from, sizeof(S) * std::size_t(count));
-  return true;
-}
-
 // Images are worked through in strips of this many columns, so that the rows which a row's neighbours lie in stay in
 // the cache until the next row needs them.
 constexpr int strip_columns = 512;
@@ -200,7 +194,7 @@ bool refine(const Plan& given, const Kernels<S, T>& kernels, Shape shape, const 
     const int most = steps_in_a_pass<Mask<T>>(plan, shape, member.size, even.pitch);
     for (int n = 0; n < shape.batch; ++n) {
       for (int y = top; y < bottom; ++y) {
-        packed_guide.pack(plan, guide + n * shape.guide_channels * plane, y, copied<S>);
+        packed_guide.pack(plan, guide + n * shape.guide_channels * plane, y, kernels_base<S>().pack);
         if (!even.pack(plan, masks + n * size, y, kernels.pack)) masks_fit = false;
       }
       member.meet();
@@ -287,7 +281,7 @@ double most_growth(const Plan& plan, int iterations) {
 
 bool fits_compact(const Plan& plan, int iterations) {
   const bool convex = plan.kind == Kind::par || (plan.kind == Kind::gaussian && plan.normalise);
-  return convex && iterations <= 100 && most_growth(plan, iterations) <= 4;
+  return convex && iterations <= 100;
 }
 
 const char* best_instruction_set() {
