@@ -8,6 +8,7 @@ torch on their own device. The scores then go to the image's size as they would 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import UsageError
-from wsss_deploy.pairwise import PairwiseParameters, choose, refine
+from wsss_deploy.pairwise import Form, PairwiseParameters, refine
 from wsss_deploy.pairwise.api import Storage
 from wsss_deploy.pairwise.guides import make_guide
 
@@ -64,12 +65,11 @@ class Choice:
         """
         return None if self.settings is None or self.in_graph else Refiner(self.settings, threads)
 
-    def describe(self, backend: str, device: str) -> dict[str, Any]:
+    def describe(self, form_of: Callable[[Refinement], Form]) -> dict[str, Any]:
         """What runs and why, as plain data.
 
         Args:
-            backend: The runtime that gives the scores.
-            device: Where it runs.
+            form_of: The runtime's `refinement_form`.
         """
         if self.settings is None:
             return {"form": "none", "reason": self.reason}
@@ -81,7 +81,7 @@ class Choice:
         }
         if self.in_graph:
             return {"form": "graph", "form_reason": "exported with the network; its time is in inference", **told}
-        form = choose("auto", is_torch=backend == "torch", device=device.partition(":")[0])
+        form = form_of(self.settings)
         return {"form": form.name, "form_reason": form.reason, **told}
 
 
@@ -91,10 +91,13 @@ class Refiner:
     Args:
         settings: Operator and guide.
         threads: CPU threads; None takes torch's number for tensors and all CPUs for arrays.
+
+    Attributes:
+        settings: As given.
     """
 
     def __init__(self, settings: Refinement, threads: int | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self._threads = threads
 
     def __call__(self, scores: Array, images: Array) -> Array:
@@ -109,8 +112,8 @@ class Refiner:
             classes are refined in 16-bit storage where the compiled form has it (`wsss_deploy.pairwise.refine`), which
             changes a score by about 1e-4; their sum stays 1 to within 1e-3.
         """
-        parameters = self._settings.parameters
-        guide = make_guide(images, self._settings.guide)
+        parameters = self.settings.parameters
+        guide = make_guide(images, self.settings.guide)
         # Of very many classes the small ones would add up to something that 16 bits lose.
         storage: Storage = "compact" if scores.shape[1] <= _COMPACT_CLASSES else "full"
         refined = refine(scores, guide, parameters, threads=self._threads, storage=storage)

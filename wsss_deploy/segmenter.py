@@ -128,7 +128,7 @@ class Segmenter:
         with a form also `summary`, `guide`, `parameters` and why that form.
         """
         told = {"model": self._source, "classes": len(self._card.classes), **self._backend.describe()}
-        return told | {"refinement": self._choice.describe(self._backend.name, self._backend.device)}
+        return told | {"refinement": self._choice.describe(self._backend.refinement_form)}
 
     def predict(self, image: ImageSource) -> Segmentation:
         """Segment one image.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from wsss_deploy.pairwise import numpy_form
-from wsss_deploy.pairwise.cuda_source import KERNELS, ptx, source
+from wsss_deploy.pairwise.cuda_guide import KERNEL, guide_source
+from wsss_deploy.pairwise.cuda_source import KERNELS, compile_program, ptx, source
 
 # What g++ needs to take a CUDA program for C++, and a loop in place of the grid.
 EMULATION = """
@@ -50,6 +51,14 @@ def test_nvrtc_compiles_and_assembles_it(case, storage, nvrtc):
         pointers = {"wsss_pairwise_affinity": 1, "wsss_pairwise_step": 2, "wsss_pairwise_mean_field_step": 3}[name]
         # TensorRT's order: inputs, int32 sizes, output.
         assert kinds == ["u64"] * pointers + ["u32"] * 4 + ["u64"]
+
+
+@pytest.mark.parametrize("kind", ["rgb", "opponent"])
+def test_nvrtc_compiles_the_guide(kind, nvrtc):
+    text = compile_program(guide_source(kind), "guide.cu", "sm_90").decode()
+    ((name, arguments),) = re.findall(r"\.entry (\w+)\(([^)]*)\)", text)
+    assert name == KERNEL
+    assert re.findall(r"\.param \.(\w+)", arguments) == ["u64", "u32", "u32", "u32", "u64"]
 
 
 def test_its_arithmetic_run_on_the_cpu_equals_the_reference(case, scene, tmp_path):

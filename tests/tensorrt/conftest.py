@@ -244,3 +244,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(ptx_cache, "folder", lambda: tmp_path / "cache" / "ptx")
     Builder.fail = False
     return layers
+
+
+@pytest.fixture
+def layer():
+    """A device of host memory."""
+    return FakeLayer(0)

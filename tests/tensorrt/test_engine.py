@@ -57,6 +57,23 @@ def test_it_gives_what_onnxruntime_gives(engine, tiny_onnx, machine):
     assert refined.timing["refinement"] > 0
 
 
+def test_it_refines_on_the_device(engine, tiny_onnx, machine, driver):
+    settings = Sizing(max_long_side=128)
+    ours = Segmenter(engine, refine=True)
+    theirs = Segmenter(tiny_onnx, device="cpu", sizing=settings, refine=True)
+    images = [pattern_image(64, 80, seed) for seed in range(6)]  # more than the profile's four
+    told = ours.describe()["refinement"]
+    assert told["form"] == "cuda", told["form_reason"]
+    layer = machine[-1]
+    for _ in range(4):  # with and without a graph, in both slots
+        layer.downloaded.clear()
+        for result, image in zip(ours.predict_batch(images), images, strict=True):
+            np.testing.assert_allclose(result.scores, theirs.predict(image).scores, atol=5e-4)
+            assert result.timing["refinement"] > 0
+        one = 4 * 4 * 64 * 80
+        assert layer.downloaded in ([4 * one, 2 * one], [4 * 2 * 5 * 13 * 37, 4 * one, 2 * one])  # the slot's own check
+
+
 def test_only_image_and_mask_cross_the_bus(engine, machine):
     segmenter = Segmenter(engine)
     layer = machine[-1]

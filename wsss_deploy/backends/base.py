@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wsss_deploy.card import Refinement
 from wsss_deploy.errors import BackendError, OutOfMemoryError
+from wsss_deploy.pairwise import Form
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -56,6 +58,14 @@ class Backend(Protocol):
 
         Raises:
             BackendError: The runtime failed.
+        """
+        ...
+
+    def refinement_form(self, settings: Refinement) -> Form:
+        """The form of the pairwise operator by which `run` refines, and why.
+
+        Args:
+            settings: What the refiner was made of.
         """
         ...
 

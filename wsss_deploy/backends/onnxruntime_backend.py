@@ -12,8 +12,13 @@ import numpy.typing as npt
 
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output, failure
+from wsss_deploy.backends.bound_session import BoundSession
+from wsss_deploy.backends.device_layer import open_device
+from wsss_deploy.backends.device_refinement import form_beside
+from wsss_deploy.card import Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.onnx_check import check_onnx
+from wsss_deploy.pairwise import Form, choose
 
 # Read when onnxruntime is imported: a segmenter reports to nobody.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -45,7 +50,10 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._reason = "asked for"
         check_onnx(path)
-        self._precision = read_card(path).precision
+        card = read_card(path)
+        self._precision, self._classes = card.precision, len(card.classes)
+        self._bound: BoundSession | None = None
+        self._copies = "none, the model runs in the host's memory"
         if device != "cpu":
             reason = self._open_cuda(path, device)
             if reason is None:
@@ -69,11 +77,32 @@ class OnnxRuntimeBackend:
         index = int(device.partition(":")[2] or 0)
         # Finds the CUDA libraries of pip packages; without them ONNX Runtime only prints a message and uses the CPU.
         onnxruntime.preload_dlls()
-        session = self._open(path, [(_CUDA, {"device_id": index}), _CPU])
-        got = session.get_providers()
-        if got[0] != _CUDA:
-            return f"the session got {', '.join(got)}; CUDA or cuDNN libraries or the driver are missing"
-        self.device, self._session = f"cuda:{index}", session
+
+        def opened(stream: int | None = None) -> Any:
+            # The stream has to be one of its own: 0, the default one, means none to ONNX Runtime.
+            given = {} if stream is None else {"user_compute_stream": str(stream)}
+            session = self._open(path, [(_CUDA, {"device_id": index, **given}), _CPU])
+            got = session.get_providers()
+            if got[0] != _CUDA:
+                raise BackendError(
+                    f"the session got {', '.join(got)}; CUDA or cuDNN libraries or the driver are missing"
+                )
+            return session
+
+        try:
+            layer = open_device(index)
+        except BackendError as error:
+            layer, self._copies = None, f"by ONNX Runtime, from and to pageable memory: {error}"
+        try:
+            if layer is None:
+                self._session = opened()
+            else:
+                self._bound = BoundSession(opened, layer, index, self._classes)
+                self._session = self._bound.session
+                self._copies = f"bound, page-locked, in one stream with the refinement ({layer.name})"
+        except BackendError as error:
+            return str(error)
+        self.device = f"cuda:{index}"
         return None
 
     def _open(self, path: Path, providers: list[Any]) -> Any:
@@ -97,28 +126,41 @@ class OnnxRuntimeBackend:
             )
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
-        """Class probabilities, see `Backend.run`; the refiner reads the runtime's own output buffer."""
-        result = self._output("scores", images)
+        """Class probabilities, see `Backend.run`; the refiner works where the runtime's output is, if it can."""
         if refiner is None:
-            return Output(result, 0.0)
+            return Output(*self._output("scores", images))
+        if self._bound is not None and self._bound.refinement.obstacle(refiner.settings) is None:
+            return Output(*self._output("scores", images, refiner))
+        result, _ = self._output("scores", images)
         start = time.perf_counter()
         return Output(refiner(result, images), (time.perf_counter() - start) * 1e3)
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`."""
-        found: npt.NDArray[np.uint8] = self._output("mask", images)
+        found: npt.NDArray[np.uint8] = self._output("mask", images)[0]
         return found
 
-    def _output(self, name: str, images: npt.NDArray[np.uint8]) -> Any:
+    def _output(
+        self, name: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
+    ) -> tuple[npt.NDArray[Any], float]:
+        """One output, and the milliseconds that refining on the device took."""
         try:
-            return self._session.run([name], {"image": images})[0]
+            if self._bound is not None:
+                return self._bound.run(name, images, refiner)
+            return self._session.run([name], {"image": images})[0], 0.0
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
             raise failure(
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device",
-                str(error),
+                str(error).replace("MemoryAllocation", "out of memory"),
             ) from error
+
+    def refinement_form(self, settings: Refinement) -> Form:
+        """See `Backend.refinement_form`."""
+        if self._bound is not None:
+            return form_beside(self._bound.refinement.obstacle(settings))
+        return choose("auto", is_torch=False)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""
@@ -128,6 +170,7 @@ class OnnxRuntimeBackend:
             "device": self.device,
             "device_reason": self._reason,
             "providers": self._session.get_providers(),
+            "copies": self._copies,
             "precision": self._precision,
             "threads": self._threads or "default",
         }

@@ -17,8 +17,10 @@ import openvino
 
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output, failure
+from wsss_deploy.card import Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.openvino_file import check_weights
+from wsss_deploy.pairwise import Form, choose
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -106,6 +108,10 @@ class OpenVinoBackend:
             ) from error
         finally:
             self._idle.append(request)
+
+    def refinement_form(self, settings: Refinement) -> Form:
+        """See `Backend.refinement_form`."""
+        return choose("auto", is_torch=False)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""

@@ -21,8 +21,11 @@ import numpy.typing as npt
 
 from wsss_deploy.backends.base import Output, failure
 from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
+from wsss_deploy.backends.device_refinement import DeviceRefinement, form_beside
+from wsss_deploy.card import Refinement
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError
+from wsss_deploy.pairwise import Form
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -66,22 +69,37 @@ class TensorRTBackend:
                 raise ArtifactError(f"{path}: TensorRT cannot load it; build it anew: {manifest.command}")
             self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
             for _ in range(SLOTS):
-                self._free.put(_Slot(trt, self._engine, self._layer))
+                self._free.put(_Slot(trt, self._engine, self._layer, index))
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
-        """Class probabilities, see `Backend.run`; the refiner works on the host."""
-        scores = self._batches("scores", images)
-        if refiner is None:
-            return Output(scores, 0.0)
+        """Class probabilities, see `Backend.run`; refined before they leave the device where that is possible."""
+        if refiner is None or self._obstacle(refiner.settings) is None:
+            return Output(*self._batches("scores", images, refiner))
+        scores, _ = self._batches("scores", images)
         start = time.perf_counter()
         return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`: nothing else leaves the device."""
-        found: npt.NDArray[np.uint8] = self._batches("mask", images)
+        found: npt.NDArray[np.uint8] = self._batches("mask", images)[0]
         return found
 
-    def _batches(self, output: str, images: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    def refinement_form(self, settings: Refinement) -> Form:
+        """See `Backend.refinement_form`."""
+        return form_beside(self._obstacle(settings))
+
+    def _obstacle(self, settings: Refinement) -> str | None:
+        """Why the device cannot refine; tried once, in any of the slots."""
+        slot = self._free.get()
+        try:
+            return slot.obstacle(settings)
+        finally:
+            self._free.put(slot)
+
+    def _batches(
+        self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
+    ) -> tuple[npt.NDArray[Any], float]:
+        """One output, and the milliseconds that refining on the device took."""
         most = self._manifest.shapes[2][0]
         for part in (images[:most], images[len(images) // most * most :]):
             if len(part) and not self._manifest.accepts(part.shape[:3]):
@@ -93,7 +111,8 @@ class TensorRTBackend:
         slot = self._free.get()
         try:
             with self._layer.active():
-                parts = [slot.run(images[start : start + most], output) for start in range(0, len(images), most)]
+                starts = range(0, len(images), most)
+                parts = [slot.run(images[start : start + most], output, refiner) for start in starts]
         except (BackendError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
@@ -101,7 +120,9 @@ class TensorRTBackend:
             raise failure(message, reason.replace("MemoryAllocation", "out of memory")) from error
         finally:
             self._free.put(slot)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([found for found, _ in parts]), sum(spent for _, spent in parts)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""
@@ -121,13 +142,14 @@ class TensorRTBackend:
 class _Slot:
     """One execution context with its stream and buffers; used by one thread at a time."""
 
-    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer) -> None:
+    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer, index: int) -> None:
         self._trt, self._layer = trt, layer
         self._context = engine.create_execution_context()
         if self._context is None:
             raise BackendError("TensorRT cannot create an execution context: out of memory")
         self._stream = layer.stream()
         self._handle = layer.handle(self._stream)
+        self._refinement = DeviceRefinement(layer, index, self._stream)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         if {"image", "scores", "mask"} != set(names):
@@ -139,22 +161,34 @@ class _Slot:
         self._calls = 0
         self._graph: Callable[[], None] | None = None
 
-    def run(self, images: npt.NDArray[np.uint8], output: str) -> npt.NDArray[Any]:
-        """Upload, network, download of one output."""
+    def obstacle(self, settings: Refinement) -> str | None:
+        """Why the scores cannot be refined on the device; None if they can."""
+        if self._types["scores"] != np.float32:
+            return f"the engine's scores are {self._types['scores']}"
+        return self._refinement.obstacle(settings)
+
+    def run(
+        self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None
+    ) -> tuple[npt.NDArray[Any], float]:
+        """Upload, network, refinement, download of one output."""
         if images.shape != self._shape:
             self._prepare(images.shape)
         self._host["image"][...] = images
         self._layer.upload(self._buffers["image"], self._host["image"], self._stream)
         self._launch()
+        shape = tuple(self._context.get_tensor_shape(output))
         if output not in self._host:
-            shape = tuple(self._context.get_tensor_shape(output))
             self._host[output] = self._layer.host_buffer(shape, self._types[output])
-        self._layer.download(self._host[output], self._buffers[output], self._stream)
+        found, spent = int(self._buffers[output]), 0.0
+        if refiner is not None:
+            found, spent = self._refinement.timed(refiner.settings, int(self._buffers["image"]), found, shape)
+        self._layer.download(self._host[output], found, self._stream)
         self._layer.wait(self._stream)
-        return self._host[output].copy()  # the buffer is the next call's
+        return self._host[output].copy(), spent  # the buffer is the next call's
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
         self._shape, self._graph, self._calls, self._host = (), None, 0, {}
+        self._refinement.release()
         if not self._context.set_input_shape("image", shape):
             raise BackendError(f"TensorRT refuses images of {shape}")
         for name, kind in self._types.items():

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from wsss_deploy.backends.base import Output, failure
-from wsss_deploy.card import ModelCard
+from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import BackendError
 from wsss_deploy.networks import DeployedNetwork, SegmentationNetwork
+from wsss_deploy.pairwise import Form, choose
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -80,6 +81,10 @@ class TorchBackend:
     def _wait(self) -> None:
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
+
+    def refinement_form(self, settings: Refinement) -> Form:
+        """See `Backend.refinement_form`."""
+        return choose("auto", is_torch=True, device=self.device)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""

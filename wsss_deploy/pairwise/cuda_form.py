@@ -1,7 +1,8 @@
-"""The CUDA form: the compiled program's kernels, launched through the driver API on torch's current stream.
+"""The CUDA form: the compiled program's kernels, launched through the driver API.
 
 One launch for the affinity and one a step, no workspace; `cuda_launch` says how. Arrays are float32 or float16, sums
-float32. Before it is offered, the form has to reproduce the torch form on this very device (`check`).
+float32. Tensors are worked on in torch's current stream; before that is offered, the form has to reproduce the torch
+form on this very device (`check`). `refine_at` works on addresses, for runtimes without torch.
 
 **Not run yet on a GPU**; see docs/pairwise.md for what has been tested without one.
 """
@@ -14,18 +15,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsss_deploy.pairwise import cuda_source
-from wsss_deploy.pairwise.cuda_launch import launch
+from wsss_deploy.pairwise.cuda_launch import Place, launch, launch_at
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 if TYPE_CHECKING:
     import torch
 
 STORAGE = {"float32": "float", "float16": "__half"}
+_AFFINITY, _STEP, _MEAN_FIELD_STEP = cuda_source.KERNELS
 
 
 def affinity(parameters: PairwiseParameters, guide: torch.Tensor, weights: torch.Tensor) -> None:
     """Write the weights (N, K, H, W) of a guide (N, G, H, W); both contiguous, on one CUDA device."""
-    _launch(parameters, "wsss_pairwise_affinity", [guide], guide, weights)
+    _launch(parameters, _AFFINITY, [guide], guide, weights)
 
 
 def step(
@@ -37,9 +39,9 @@ def step(
 ) -> None:
     """Write one step's result (N, C, H, W); all contiguous, `out` none of the inputs."""
     if unary is None:
-        _launch(parameters, "wsss_pairwise_step", [masks, weights], masks, out)
+        _launch(parameters, _STEP, [masks, weights], masks, out)
     else:
-        _launch(parameters, "wsss_pairwise_mean_field_step", [masks, weights, unary], masks, out)
+        _launch(parameters, _MEAN_FIELD_STEP, [masks, weights, unary], masks, out)
 
 
 def refine(
@@ -62,6 +64,41 @@ def refine(
         target = buffers[(remaining - 1) % len(buffers)]
         step(parameters, source, weights, unary, target)
         source = target
+
+
+def refine_at(
+    place: Place,
+    parameters: PairwiseParameters,
+    shape: tuple[int, int, int, int],
+    guide: tuple[int, int],
+    masks: int,
+    weights: int,
+    spare: int,
+) -> int:
+    """Refine float32 masks on the device: an affinity and all steps, to and fro between two arrays.
+
+    Args:
+        place: Device and stream.
+        parameters: Without a mean field, which would need the masks' logarithms.
+        shape: (N, C, H, W) of the masks, none of them 0.
+        guide: Channels and address of the guide, (N, G, H, W).
+        masks: Address; overwritten if there are two steps or more.
+        weights: Address of room for (N, K, H, W).
+        spare: Address of room for the masks.
+
+    Returns:
+        Address of the refined masks: `masks` or `spare`.
+
+    Raises:
+        BackendError: See `cuda_launch.launch`.
+    """
+    batch, channels, *size = shape
+    program = _Program(parameters, "float")
+    launch_at(place, program, _AFFINITY, [guide[1]], [batch, guide[0], *size], [weights])
+    for _ in range(parameters.iterations):
+        launch_at(place, program, _STEP, [masks, weights], [batch, channels, *size], [spare])
+        masks, spare = spare, masks
+    return masks
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Compiled programs launched through the driver API (cuda-bindings) on torch's current stream.
+"""Compiled programs launched through the driver API (cuda-bindings), on tensors or on addresses.
 
 Nothing is synchronised: after a first call with the same program a launch can be captured in a CUDA graph.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsss_deploy.errors import BackendError
 
@@ -25,6 +25,20 @@ class Program(Hashable, Protocol):
 
     def ptx(self, architecture: str) -> bytes:
         """The code for an architecture such as "compute_80"."""
+
+
+class Place(NamedTuple):
+    """Where kernels run.
+
+    Attributes:
+        device: Number of the device; its primary context is used.
+        stream: `CUstream`.
+        capability: The device's compute capability, major and minor.
+    """
+
+    device: int
+    stream: int
+    capability: tuple[int, int]
 
 
 def launch(
@@ -51,18 +65,38 @@ def launch(
     if first.numel() == 0:
         return
     device = first.device.index or 0
-    values = [item.data_ptr() for item in inputs] + [*sizes] + [item.data_ptr() for item in outputs]
+    stream = torch.cuda.current_stream(first.device).cuda_stream
+    place = Place(device, stream, torch.cuda.get_device_capability(device))
+    launch_at(place, program, kernel, [i.data_ptr() for i in inputs], sizes, [o.data_ptr() for o in outputs])
+
+
+def launch_at(
+    place: Place, program: Program, kernel: str, inputs: Sequence[int], sizes: Sequence[int], outputs: Sequence[int]
+) -> None:
+    """Launch a kernel on addresses of the device's memory: one thread a pixel, of which there is at least one.
+
+    Args:
+        place: Device and stream.
+        program: As in `launch`.
+        kernel: As in `launch`.
+        inputs: Addresses of contiguous arrays.
+        sizes: As in `launch`.
+        outputs: Addresses of contiguous arrays.
+
+    Raises:
+        BackendError: As `launch`.
+    """
     types: list[Any] = [ctypes.c_void_p] * len(inputs) + [ctypes.c_int] * len(sizes)
     types += [ctypes.c_void_p] * len(outputs)
     blocks = -(-sizes[0] * sizes[-2] * sizes[-1] // BLOCK)
-    stream = torch.cuda.current_stream(first.device).cuda_stream
+    architecture = min(10 * place.capability[0] + place.capability[1], ARCHITECTURE)
     driver = _driver()
     # A thread of the caller's may have no current context yet; torch itself uses the device's primary one.
-    _checked(driver.cuCtxPushCurrent(_context(device)))
+    _checked(driver.cuCtxPushCurrent(_context(place.device)))
     try:
-        function = _function(program, device, kernel)
-        given = (tuple(values), tuple(types))
-        _checked(driver.cuLaunchKernel(function, blocks, 1, 1, BLOCK, 1, 1, 0, stream, given, 0))
+        function = _function(program, place.device, architecture, kernel)
+        given = ((*inputs, *sizes, *outputs), tuple(types))
+        _checked(driver.cuLaunchKernel(function, blocks, 1, 1, BLOCK, 1, 1, 0, place.stream, given, 0))
     finally:
         driver.cuCtxPopCurrent()
 
@@ -76,18 +110,15 @@ def _context(device: int) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _function(program: Program, device: int, kernel: str) -> Any:
-    return _checked(_driver().cuModuleGetFunction(_module(program, device), kernel.encode()))
+def _function(program: Program, device: int, architecture: int, kernel: str) -> Any:
+    return _checked(_driver().cuModuleGetFunction(_module(program, device, architecture), kernel.encode()))
 
 
 # Without a limit: a module that fell out of it would stay loaded all the same.
 @functools.cache
-def _module(program: Program, device: int) -> Any:
+def _module(program: Program, device: int, architecture: int) -> Any:
     """The program, loaded into the current context, which is the device's."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(device)
-    code = program.ptx(f"compute_{min(10 * major + minor, ARCHITECTURE)}")
+    code = program.ptx(f"compute_{architecture}")
     return _checked(_driver().cuModuleLoadData(code + b"\0"))
 
 

@@ -1,0 +1,236 @@
+"""ONNX Runtime with bound buffers and refinement on the device: a device of host memory, kernels compiled as C++.
+
+What is real: ONNX Runtime, its binding to addresses, the kernels' code, the order of copies and launches. What is not:
+CUDA, its memory and its streams; `test_on_a_gpu` has not been run.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export.patterns import pattern_image
+from wsss_deploy import Segmenter
+from wsss_deploy.backends import onnxruntime_backend
+from wsss_deploy.backends.bound_session import BoundSession
+from wsss_deploy.backends.device_refinement import DeviceRefinement
+from wsss_deploy.card import Refinement
+from wsss_deploy.errors import BackendError, OutOfMemoryError
+from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters, cuda_form
+from wsss_deploy.pairwise.cuda_guide import make_guide_at
+from wsss_deploy.pairwise.cuda_launch import Place
+from wsss_deploy.pairwise.guides import make_guide
+from wsss_deploy.refinement import DEFAULT, STRONG, Refiner
+
+PAR = PairwiseParameters(dilations=(1, 2), iterations=2, normalise=True)
+
+
+@pytest.fixture
+def cuda(monkeypatch, layer, driver):
+    """ONNX Runtime as it would be on a GPU, on a device of host memory; gives what was opened."""
+    opened = []
+
+    class Session:
+        def __init__(self, path, options, providers):
+            opened.append(providers)
+            options.intra_op_num_threads = 1
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def get_providers(self):
+            return [provider if isinstance(provider, str) else provider[0] for provider in opened[-1]]
+
+    class Bound(BoundSession):
+        def __init__(self, *given):
+            super().__init__(*given, device_type="cpu")
+
+    class Runtime:
+        InferenceSession = Session
+
+        def __getattr__(self, name):
+            return getattr(onnxruntime, name)
+
+        def get_available_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def preload_dlls(self):
+            pass
+
+    monkeypatch.setattr(onnxruntime_backend, "onnxruntime", Runtime())
+    monkeypatch.setattr(onnxruntime_backend, "BoundSession", Bound)
+    monkeypatch.setattr(onnxruntime_backend, "open_device", lambda index: layer)
+    return opened
+
+
+@pytest.mark.parametrize("kind", ["rgb", "opponent"])
+def test_the_guide_is_the_hosts_bit_by_bit(driver, kind):
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 33, 3), dtype=np.uint8)
+    guide = np.full((2, 3, 9, 33), np.nan, np.float32)
+    make_guide_at(Place(0, 7, (9, 0)), kind, images.ctypes.data, (2, 9, 33), guide.ctypes.data)
+    np.testing.assert_array_equal(guide, make_guide(images, kind))
+    assert [name for name, *_ in driver.launches] == ["run_guide"]
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 3])
+def test_steps_on_addresses(driver, layer, iterations):
+    settings = Refinement(parameters=PAR.model_copy(update={"iterations": iterations}), guide="opponent")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2, 9, 33, 3), dtype=np.uint8)
+    scores = random.random((2, 4, 9, 33), np.float32)
+    scores /= scores.sum(1, keepdims=True)
+    expected = Refiner(settings)(scores, images)
+    refinement = DeviceRefinement(layer, 0, layer.stream())
+    for _ in range(2):
+        given = scores.copy()
+        address = refinement(settings, images.ctypes.data, given.ctypes.data, scores.shape)
+        found = np.empty_like(scores)
+        layer.download(found, address, None)
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert layer.allocated == 3, "buffers are kept while the shape stays"
+    assert {stream for *_, stream in driver.launches} == {7}
+
+
+def test_it_gives_what_the_cpu_gives(cuda, tiny_onnx, layer):
+    images = [pattern_image(48 + 16 * (seed % 2), 64, seed) for seed in range(4)]
+    for refine in (False, DEFAULT, STRONG):
+        ours, theirs = Segmenter(tiny_onnx, refine=refine), Segmenter(tiny_onnx, device="cpu", refine=refine)
+        for result, expected in zip(ours.predict_batch(images), theirs.predict_batch(images), strict=True):
+            np.testing.assert_allclose(result.scores, expected.scores, atol=5e-4)
+            assert (result.mask == expected.mask).mean() > 0.999
+            assert (result.timing["refinement"] > 0) == (refine is not False)
+    for one, other in zip(ours.predict_masks(images), theirs.predict_masks(images), strict=True):
+        assert (one == other).mean() > 0.999
+    assert cuda[0] == [("CUDAExecutionProvider", {"device_id": 0, "user_compute_stream": "7"}), "CPUExecutionProvider"]
+    told = ours.describe()
+    assert (told["device"], told["refinement"]["form"]) == ("cuda:0", "cuda")
+    assert told["copies"].startswith("bound, page-locked, in one stream with the refinement")
+    assert "equals the CPU's form" in told["refinement"]["form_reason"]
+    assert theirs.describe()["refinement"]["form"] in ("cpu", "numpy")
+
+
+def test_only_images_go_up_and_one_output_comes_down(cuda, tiny_onnx, layer):
+    image = pattern_image(64, 80, 0)
+    segmenter = Segmenter(tiny_onnx, refine=DEFAULT)
+    segmenter.predict(image)  # compares the refinement with the CPU's, once
+    layer.uploaded.clear(), layer.downloaded.clear()
+    segmenter.predict(image)
+    assert (layer.uploaded, layer.downloaded) == ([64 * 80 * 3], [4 * 4 * 64 * 80])
+    plain = Segmenter(tiny_onnx, refine=False)
+    layer.uploaded.clear(), layer.downloaded.clear()
+    plain.predict_masks([image, image])
+    assert (layer.uploaded, layer.downloaded) == ([2 * 64 * 80 * 3], [2 * 64 * 80])
+    before = layer.allocated
+    for _ in range(5):
+        plain.predict_masks([image, image])
+    assert layer.allocated == before
+
+
+def test_threads_get_their_own_results(cuda, tiny_onnx):
+    ours, theirs = Segmenter(tiny_onnx, refine=False), Segmenter(tiny_onnx, device="cpu", threads=1, refine=False)
+    images = [pattern_image(32 + 16 * (seed % 3), 64, seed) for seed in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        for image, result in zip(images, pool.map(ours.predict, images), strict=True):
+            np.testing.assert_array_equal(result.mask, theirs.predict(image).mask)
+
+
+def test_what_the_device_cannot_refine_is_refined_by_the_cpu(cuda, tiny_onnx, monkeypatch):
+    gaussian = PairwiseParameters(kind="gaussian", radius=1, terms=(GaussianTerm(sigma_rgb=0.2),), normalise=True)
+    image = pattern_image(48, 64, 0)
+    ours = Segmenter(tiny_onnx, refine=gaussian)
+    expected = Segmenter(tiny_onnx, device="cpu", refine=gaussian).predict(image)
+    np.testing.assert_array_equal(ours.predict(image).scores, expected.scores)
+    told = ours.describe()["refinement"]
+    assert told["form"] != "cuda"
+    assert "not on the GPU: Gaussian weights" in told["form_reason"]
+    right = cuda_form.launch_at
+
+    def wrong(place, program, kernel, inputs, sizes, outputs):
+        right(place, program, kernel, inputs, sizes, outputs)
+        np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * 1).from_address(outputs[0]))[0] += 1
+
+    monkeypatch.setattr(cuda_form, "launch_at", wrong)
+    other = Segmenter(tiny_onnx, refine=DEFAULT)
+    assert "differs from the CPU's by" in other.describe()["refinement"]["form_reason"]
+    expected = Segmenter(tiny_onnx, device="cpu", refine=DEFAULT).predict(image)
+    np.testing.assert_array_equal(other.predict(image).scores, expected.scores)
+
+
+def test_a_driver_that_refuses_leaves_it_to_the_cpu(cuda, tiny_onnx, driver):
+    driver.refuse = 700
+    segmenter = Segmenter(tiny_onnx, refine=DEFAULT)
+    assert "driver refuses the pairwise kernels (700)" in segmenter.describe()["refinement"]["form_reason"]
+    assert segmenter.predict(pattern_image(48, 64, 0)).timing["refinement"] > 0
+
+
+def test_memory_that_is_short_halves_the_batch(cuda, tiny_onnx, layer, monkeypatch):
+    segmenter = Segmenter(tiny_onnx, refine=False)
+    images = [pattern_image(48, 64, seed) for seed in range(4)]
+    expected = [Segmenter(tiny_onnx, device="cpu", refine=False).predict(image).mask for image in images]
+    give = layer.device_buffer
+
+    def little(count):
+        if count > 2 * 48 * 64 * 4 * 4:
+            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
+        return give(count)
+
+    monkeypatch.setattr(layer, "device_buffer", little)
+    for result, mask in zip(segmenter.predict_batch(images), expected, strict=True):
+        np.testing.assert_array_equal(result.mask, mask)
+    monkeypatch.setattr(layer, "device_buffer", lambda count: little(10**9))
+    with pytest.raises(OutOfMemoryError, match="use smaller batches"):
+        segmenter.predict(pattern_image(64, 64, 0))
+    monkeypatch.setattr(layer, "device_buffer", give)
+    segmenter.predict(pattern_image(64, 64, 0))
+
+
+def test_without_cuda_bindings_onnxruntime_copies(cuda, tiny_onnx, monkeypatch):
+    def missing(index):
+        raise BackendError("CUDA needs cuda-bindings or pycuda")
+
+    monkeypatch.setattr(onnxruntime_backend, "open_device", missing)
+    segmenter = Segmenter(tiny_onnx, refine=DEFAULT)
+    assert cuda == [[("CUDAExecutionProvider", {"device_id": 0}), "CPUExecutionProvider"]]
+    told = segmenter.describe()
+    assert "by ONNX Runtime, from and to pageable memory: CUDA needs cuda-bindings" in told["copies"]
+    assert told["refinement"]["form"] != "cuda"
+    assert segmenter.predict(pattern_image(48, 64, 0)).mask.shape == (48, 64)
+
+
+def test_a_session_that_falls_back_is_not_taken(cuda, tiny_onnx, monkeypatch, layer):
+    active = []
+
+    @contextmanager
+    def counted():
+        active.append(1)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(layer, "active", counted)
+    session = onnxruntime_backend.onnxruntime.InferenceSession
+    monkeypatch.setattr(session, "get_providers", lambda self: ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match="the session got CPUExecutionProvider; CUDA or cuDNN libraries"):
+        Segmenter(tiny_onnx, device="cuda")
+    told = Segmenter(tiny_onnx).describe()
+    assert told["device"] == "cpu"
+    assert "CUDA does not work: the session got CPUExecutionProvider" in told["device_reason"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="needs ONNX Runtime with CUDA"
+)
+@pytest.mark.parametrize("refine", [False, DEFAULT])
+def test_on_a_gpu(tiny_onnx, refine):
+    ours, theirs = Segmenter(tiny_onnx, device="cuda", refine=refine), Segmenter(tiny_onnx, "cpu", refine=refine)
+    assert ours.describe()["copies"].startswith("bound")
+    for seed, shape in enumerate(((64, 64), (64, 64), (100, 37))):
+        image = pattern_image(*shape, seed)
+        np.testing.assert_allclose(ours.predict(image).scores, theirs.predict(image).scores, atol=2e-3)
+    if refine is not False:
+        assert ours.describe()["refinement"]["form"] == "cuda"
