@@ -8,12 +8,10 @@ the whole scribble, and the line above is the supervised twin. Needs matplotlib,
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from benchmarks.real_data import SETTINGS, run, summarise, table
+from benchmarks.real_data import SETTINGS, run, run_options, summarise, table
 
 LENGTHS = {
     0.0: "voc-scribbles-length-0",
@@ -52,12 +50,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("WSSS_SHARED", "../shared")))
-    parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--size", type=int, default=256)
+    parser = run_options(__doc__)
     parser.add_argument("--png", type=Path, help="PNG to write")
     options = parser.parse_args()
     names = [TWIN, *LENGTHS.values()]

@@ -107,14 +107,20 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     return json.loads(record.read_text())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what `run` and `table` read."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("WSSS_SHARED", "../shared")))
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--settings", nargs="*", default=[setting.name for setting in SETTINGS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--size", type=int, default=256)
+    return parser
+
+
+def main() -> int:
+    parser = run_options(__doc__)
+    parser.add_argument("--settings", nargs="*", default=[setting.name for setting in SETTINGS])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()

@@ -35,7 +35,7 @@ from training.methods.tag_settings import (
 )
 from training.recipe import EvaluationSettings, Recipe
 from training.state import CHECKPOINT, load_checkpoint
-from training.token_stage import default_long_side, fitted_tokens, pretrained_encoder
+from training.token_stage import default_long_side, fitted_tokens, kept_tokens, pretrained_encoder
 from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
 from wsss_deploy.card import ModelCard
@@ -214,13 +214,12 @@ def finished_classifier(
         path, stage = folder / CHECKPOINT, recipe
     else:
         path, stage = folder / STAGE / CHECKPOINT, _stage_recipe(recipe)
-    saved = load_checkpoint(path, stage)
     method: CamModel
     if isinstance(recipe.method, TagsSettings) and isinstance(recipe.method.cams, TokenSettings):
         encoder = pretrained_encoder(here, classes)
-        method = TokenCams(recipe.method.cams, encoder, classes)
-        method.load_state_dict(saved["classifier"])
-        return encoder, method.to(place).eval()
+        method, _ = kept_tokens(path, stage, encoder, recipe.method.cams, classes, place)
+        return encoder, method
+    saved = load_checkpoint(path, stage)
     if saved["iteration"] < stage.optimisation.iterations:
         raise TrainingError(
             f"{path}: is at iteration {saved['iteration']} of {stage.optimisation.iterations}; finish the run with "

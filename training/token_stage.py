@@ -83,11 +83,9 @@ def fitted_tokens(
     fabric = make_fabric(recipe)
     if fabric.device.type == "cpu" and max(settings.scales) * long_side <= _PLAIN_ATTENTION_SIDE:
         use_plain_attention(encoder)
-    model = TokenCams(settings, encoder, classes)
     if path.is_file():
-        saved = load_checkpoint(path, stage_recipe)
-        model.load_state_dict(saved["classifier"])
-        return model.to(fabric.device).eval(), float(saved["recall"])
+        return kept_tokens(path, stage_recipe, encoder, settings, classes, fabric.device)
+    model = TokenCams(settings, encoder, classes)
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
 
     def views() -> Iterator[Tensor]:
@@ -114,6 +112,28 @@ def fitted_tokens(
     fit_tokens(model, tokens, may, recipe.seed, labels)
     save_checkpoint(path, stage_recipe, {"classifier": model.state_dict(), "recall": recall})
     return model.to(fabric.device).eval(), recall
+
+
+def kept_tokens(
+    path: Path, stage_recipe: Recipe, encoder: Encoder, settings: TokenSettings, classes: int, device: torch.device
+) -> tuple[TokenCams, float]:
+    """What `fitted_tokens` kept.
+
+    Args:
+        path: The stage's checkpoint.
+        stage_recipe: As in `fitted_tokens`.
+        encoder: As in `fitted_tokens`.
+        settings: As in `fitted_tokens`.
+        classes: Number of classes, with background.
+        device: Where the classifiers are put.
+
+    Raises:
+        TrainingError: The checkpoint is absent, or of another recipe.
+    """
+    saved = load_checkpoint(path, stage_recipe)
+    model = TokenCams(settings, encoder, classes)
+    model.load_state_dict(saved["classifier"])
+    return model.to(device).eval(), float(saved["recall"])
 
 
 def _held_out_recall(model: TokenCams, tokens: Tokens, may: Tensor, labels: Labels, seed: int) -> float:
