@@ -37,6 +37,13 @@ WEIGHTED = ("--set", "method.class_weights=counts")
 # The Gated CRF loss alone, without the further sources of labels that it has for points.
 ALONE = ("--set", "method.absent=null", "--set", "method.spread=null", "--set", "method.teacher=null")
 PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
+# Labels of the network's moving average, refined along the image.
+_TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
+TEACHER = ("--set", f"method.teacher={_TEACHER}")
+CARRIED_TEACHER = (
+    "--set",
+    "method={name: partial_ce, propagate: {tokens: {images: true}}, teacher: " + _TEACHER + "}",
+)
 
 SETTINGS = (
     Setting("voc-masks", "voc_animals", "masks", "supervised"),
@@ -47,6 +54,8 @@ SETTINGS = (
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
+    Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
+    Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
     Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
     Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
     Setting("voc-scribbles-dfr", "voc_animals", "scribbles", "dfr"),

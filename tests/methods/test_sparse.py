@@ -97,6 +97,36 @@ def test_the_teachers_sure_classes_are_targets_on_unlabelled_pixels():
     assert not average.training
 
 
+def test_a_refined_teacher_follows_the_images_edges():
+    # Left and right differ in colour; the teacher's border between its two classes lies four pixels beside that edge.
+    image = torch.full((1, 3, 64, 64), -1.0)
+    image[..., 32:] = 1.0
+    logits = torch.zeros(1, CLASSES, 16, 16)
+    logits[:, 0, :, :9], logits[:, 1, :, 9:] = 4.0, 4.0
+    labels = torch.full((1, 64, 64), 255)
+    labels[:, :3] = 0
+    data = Batch(
+        image, labels, torch.ones(1, 64, 64, dtype=torch.bool), torch.zeros(1, CLASSES), torch.ones(1, CLASSES) > 0
+    )
+    data.valid[:, -5:] = False
+    student = Fixed(torch.randn(1, CLASSES, 16, 16))
+    method = make("partial_ce", teacher={"threshold": 0.7, "start": 0, "refine": True})
+    method.set_teacher(Fixed(logits))
+    found = method(student, data, 0.0)["teacher"]
+    found.backward()
+    # Pixels in question: all but labelled rows and padding; right of the edge class 1, left of it class 0.
+    rows, raised = slice(3, 59), F.interpolate(student.logits, (64, 64), mode="bilinear")
+    truth = torch.zeros(1, 64, 64, dtype=torch.long)
+    truth[..., 32:] = 1
+    expected = F.cross_entropy(raised[:, :, rows], truth[:, rows])
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+    # Unrefined, four columns are of the wrong class: far from that.
+    plain = make("partial_ce", teacher={"threshold": 0.7, "start": 0})
+    plain.set_teacher(Fixed(logits))
+    shifted = plain(student, data, 0.0)["teacher"]
+    assert (shifted - expected).abs() > 2 * (found - expected).abs()
+
+
 def test_a_teacher_needs_an_average():
     method = make("gated_crf", teacher={})
     with pytest.raises(RecipeError, match=r"optimisation\.ema above 0"):

@@ -37,11 +37,13 @@ class TeacherSettings(_Strict):
         weight: Factor of their cross-entropy.
         threshold: Least probability of a pseudo-label.
         start: They act after this fraction of the iterations.
+        refine: Refine the average's probabilities along the image, at its own size, before they become labels.
     """
 
     weight: Positive = 1.0
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
     start: Fraction = 0.2
+    refine: bool = False
 
 
 class SpreadSettings(_Strict):

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.cam.labels import byte_image
 from training.losses import PartialCrossEntropyLoss, absent_classes_loss, block_labels, spread_labels
 from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
 from training.methods.settings import SparseSettings, SpreadSettings, TeacherSettings
 from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.pairwise import refine
+from wsss_deploy.pairwise.guides import opponent_guide
+from wsss_deploy.refinement import STRONG
 
 
 class SparseMethod(Method):
@@ -62,12 +66,31 @@ class SparseMethod(Method):
             scores = self.teacher(batch.image).float()
             if self.sparse.absent is not None:
                 scores = scores.masked_fill(~batch.labelled[:, :, None, None], -torch.inf)
-            likely, predicted = scores.softmax(dim=1).max(dim=1)
-        size = (logits.shape[-2], logits.shape[-1])
+            probabilities = scores.softmax(dim=1)
+            if settings.refine:
+                probabilities = self._refined(probabilities, batch)
+            likely, predicted = probabilities.max(dim=1)
+        # Refined labels are those of the image's pixels, unrefined ones those of the logits' map.
+        size = (likely.shape[-2], likely.shape[-1])
         unlabelled = (block_labels(batch.labels, size) == IGNORE_INDEX) & whole_cells(batch.valid, size)
         targets = predicted.masked_fill(~unlabelled | (likely < settings.threshold), IGNORE_INDEX)
-        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        logits = logits.float()
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return total / unlabelled.sum().clamp(min=1)
+
+    def _refined(self, probabilities: Tensor, batch: Batch) -> Tensor:
+        """Probabilities at the image's size, refined along it as a model's scores are when it is used.
+
+        What is beyond the image in a crop does not bleed into it further than the operator reaches; no label is
+        taken from there.
+        """
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        raised = F.interpolate(probabilities, size=size, mode="bilinear", align_corners=False)
+        guide = opponent_guide(byte_image(batch.image.float(), self.preprocessing)).contiguous()
+        refined: Tensor = refine(raised, guide, STRONG.parameters)
+        return refined
 
     def _spread_term(self, settings: SpreadSettings, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of the labels that were carried, without those that were there."""
