@@ -319,14 +319,14 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
                     segmenter.predict(image)
                 taken = 1e3 * (time.perf_counter() - started) / machine.repeats
                 text = f"{taken:.2f} ms a prediction, {agree:.2%} of pixels as torch"
-                told = segmenter.describe()
+                ran = segmenter.describe()
                 what = f"{name}, {machine.side} px"
                 if refine:
-                    what += f", refined ({told['refinement']['form']})"
-                elif "copies" in told:
-                    text += f"; copies: {told['copies']}"
+                    what += f", refined ({ran['refinement']['form']})"
+                elif "copies" in ran:
+                    text += f"; copies: {ran['copies']}"
                 # On a GPU the scores have to be refined there, not on the host.
-                good = agree >= 0.99 and (not refine or where == "cpu" or told["refinement"]["form"] == "cuda")
+                good = agree >= 0.99 and (not refine or where == "cpu" or ran["refinement"]["form"] == "cuda")
                 yield Row("runtimes", what, text, ">= 99 %, on the device", good)
 
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,7 +119,13 @@ class Driver:
 
     def __init__(self, folder):
         self.folder, self.names = folder, itertools.count()
-        self.contexts, self.launches, self.refuse = [], [], None
+        self.launches, self.refuse = [], None
+        self.local, self.lock = threading.local(), threading.Lock()
+
+    @property
+    def contexts(self):
+        """Of this thread."""
+        return self.local.__dict__.setdefault("contexts", [])
 
     def cuInit(self, flags):
         return (0,)
@@ -154,9 +161,10 @@ class Driver:
         if self.refuse is not None:
             return (self.refuse,)
         values, types = arguments
-        function.argtypes = [ctypes.c_uint, ctypes.c_uint, *types]
-        function(gx, bx, *values)
-        self.launches.append((function.__name__, gx, bx, stream))
+        with self.lock:  # the grid's indices are globals of the library
+            function.argtypes = [ctypes.c_uint, ctypes.c_uint, *types]
+            function(gx, bx, *values)
+            self.launches.append((function.__name__, gx, bx, stream))
         return (0,)
 
 

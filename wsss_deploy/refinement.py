@@ -2,7 +2,8 @@
 
 It runs at the size at which the network sees the image, on the scores as the runtime gives them: numpy arrays from
 ONNX Runtime (the compiled operator reads its output buffer, nothing is copied, torch is not needed), tensors from
-torch on their own device. The scores then go to the image's size as they would without it.
+torch on their own device; runtimes on a GPU do it where their scores are (`backends.device_refinement`). The
+scores then go to the image's size as they would without it.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ _log = logging.getLogger(__name__)
 class Segmenter:
     """A model that is ready to segment images.
 
-    One segmenter may be used from many threads at once: it holds no state that predicting changes, and both runtimes
-    allow concurrent inference. With several threads of one's own, a small `threads` avoids that they compete.
+    One segmenter may be used from many threads at once: it holds no state that predicting changes, and runtimes allow
+    concurrent inference or let calls take turns (ONNX Runtime on a GPU). With several threads of one's own, a small
+    `threads` avoids that they compete.
 
     Args:
         path: `model.pt` (needs torch), `model.onnx` (onnxruntime), `model.engine` (tensorrt) or `model.xml` (openvino).
@@ -76,6 +77,9 @@ class Segmenter:
         self._choice = decide(refine, self._card, in_graph=model.suffix.lower() != ".pt")
         self._refiner = self._choice.refiner(threads)
         self._backend: Backend = open_backend(model, device, backend, threads)
+        if self._refiner is not None:
+            # A form on a GPU compiles its kernels and is compared when it is chosen: now, not in the first prediction.
+            self._backend.refinement_form(self._refiner.settings)
 
     @classmethod
     def from_network(
@@ -375,6 +379,7 @@ def _halving(run: Callable[[list[_Item]], list[_Result]], batch: list[_Item]) ->
     except OutOfMemoryError:
         if len(batch) == 1:
             raise
-        _log.warning("A batch of %d images does not fit into memory; half of it is tried", len(batch))
-        middle = len(batch) // 2
-        return [*_halving(run, batch[:middle]), *_halving(run, batch[middle:])]
+    # Not in the handler: while it lasts, the failed call's memory is held.
+    _log.warning("A batch of %d images does not fit into memory; half of it is tried", len(batch))
+    middle = len(batch) // 2
+    return [*_halving(run, batch[:middle]), *_halving(run, batch[middle:])]

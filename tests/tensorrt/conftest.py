@@ -7,6 +7,7 @@ the building and running code is exercised but CUDA itself.
 from __future__ import annotations
 
 import ctypes
+import threading
 import types
 from contextlib import contextmanager
 
@@ -183,46 +184,67 @@ FAKE.__dict__.update(
 
 
 class Buffer:
-    def __init__(self, count):
-        self.memory = (ctypes.c_uint8 * max(count, 1))()
+    """Device memory; what was in it is gone with it."""
+
+    def __init__(self, layer, count):
+        self.layer, self.memory = layer, (ctypes.c_uint8 * max(count, 1))()
+        layer.live += 1
 
     def __int__(self):
         return ctypes.addressof(self.memory)
 
+    def __del__(self):
+        ctypes.memset(self.memory, 255, len(self.memory))  # of floats: NaN
+        self.layer.live -= 1
+
 
 class FakeLayer:
-    """A device of host memory that notes what crosses."""
+    """A device of host memory that notes what crosses, and that everything happens where it is active."""
 
     name, gpu, compute_capability = "stand-in", "Stand-in 9000", "9.0"
 
     def __init__(self, index):
-        self.uploaded, self.downloaded, self.allocated = [], [], 0
+        self.uploaded, self.downloaded, self.allocated, self.live = [], [], 0, 0
+        self.local = threading.local()
 
     @contextmanager
     def active(self):
-        yield
+        depth = getattr(self.local, "depth", 0)
+        self.local.depth = depth + 1
+        try:
+            yield
+        finally:
+            self.local.depth = depth
+
+    def check(self):
+        assert getattr(self.local, "depth", 0), "the device is not active in this thread"
 
     def stream(self):
+        self.check()
         return object()
 
     def handle(self, stream):
         return 7
 
     def wait(self, stream):
-        pass
+        self.check()
 
     def device_buffer(self, count):
+        self.check()
         self.allocated += 1
-        return Buffer(count)
+        return Buffer(self, count)
 
     def host_buffer(self, shape, dtype):
+        self.check()
         return np.empty(shape, dtype)
 
     def upload(self, target, source, stream):
+        self.check()
         self.uploaded.append(source.nbytes)
         ctypes.memmove(int(target), source.ctypes.data, source.nbytes)
 
     def download(self, target, source, stream):
+        self.check()
         self.downloaded.append(target.nbytes)
         ctypes.memmove(target.ctypes.data, int(source), target.nbytes)
 

@@ -23,22 +23,19 @@ class FakeRuntime(types.ModuleType):
 
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
-        self.calls, self.device, self.memory = [], 0, {}
+        self.calls, self.memory = [], {}
 
     def cudaGetDeviceProperties(self, index):
         return 0, types.SimpleNamespace(name=b"Fake", major=9, minor=0)
-
-    def cudaGetDevice(self):
-        return 0, self.device
-
-    def cudaSetDevice(self, index):
-        self.device = index
-        return (0,)
 
     def cudaStreamCreateWithFlags(self, flags):
         return 0, 11
 
     def cudaStreamSynchronize(self, stream):
+        return (0,)
+
+    def cudaStreamDestroy(self, stream):
+        self.calls.append("stream destroyed")
         return (0,)
 
     def cudaMalloc(self, count):
@@ -85,11 +82,37 @@ class FakeRuntime(types.ModuleType):
         return (0,)
 
 
+class FakeDriver(types.ModuleType):
+    """What of cuda.bindings.driver makes a context current."""
+
+    def __init__(self):
+        super().__init__("cuda.bindings.driver")
+        self.contexts = []
+
+    def cuInit(self, flags):
+        return (0,)
+
+    def cuDeviceGet(self, index):
+        return 0, index
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return 0, f"context {device}"
+
+    def cuCtxPushCurrent(self, context):
+        self.contexts.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self):
+        return 0, self.contexts.pop()
+
+
 @pytest.fixture
 def runtime(monkeypatch):
     fake = FakeRuntime()
     package = types.ModuleType("cuda.bindings")
-    package.runtime = fake
+    package.runtime, package.driver = fake, FakeDriver()
+    fake.driver = package.driver
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", package.driver)
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
     monkeypatch.setitem(sys.modules, "pycuda", None)
@@ -101,7 +124,7 @@ def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime):
     layer = open_device(1)
     assert (layer.name, layer.gpu, layer.compute_capability) == ("cuda-bindings", "Fake", "9.0")
     with layer.active():
-        assert runtime.device == 1
+        assert runtime.driver.contexts == ["context 1"]
         stream = layer.stream()
         values = layer.host_buffer((2, 3), np.float32)
         values[...] = np.arange(6).reshape(2, 3)
@@ -111,9 +134,10 @@ def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime):
         layer.download(back, buffer, stream)
         layer.wait(stream)
         np.testing.assert_array_equal(back, values)
-    assert runtime.device == 0
-    del values, back, buffer
+    assert runtime.driver.contexts == []
+    del values, back, buffer, stream
     assert runtime.memory == {}, "everything is freed with its object"
+    assert runtime.calls[-1] == "stream destroyed"
 
 
 def test_a_graph_is_recorded_and_launched(runtime):
@@ -131,7 +155,21 @@ def test_a_failing_call_names_its_status(runtime):
         CudaBindingsLayer(0).device_buffer(8)
 
 
-def test_pycuda_comes_first(monkeypatch, runtime):
+class Scoped:
+    """Something of pycuda's, which is released only where its context is current."""
+
+    def __init__(self, pushed):
+        self.pushed = pushed
+
+    def __int__(self):
+        return 5
+
+    def __del__(self):
+        self.pushed.append("released" if self.pushed.count("push") > self.pushed.count("pop") else "leaked")
+
+
+@pytest.fixture
+def pycuda(monkeypatch, runtime):
     pushed = []
 
     class Context:
@@ -155,23 +193,54 @@ def test_pycuda_comes_first(monkeypatch, runtime):
         def retain_primary_context(self):
             return Context()
 
+    class Error(Exception):
+        """Of pycuda's own classes, which derive from none of Python's."""
+
+    def mem_alloc(count):
+        if count > 1000:
+            raise Error("cuMemAlloc failed: out of memory")
+        return Scoped(pushed)
+
     driver = types.ModuleType("pycuda.driver")
     driver.init, driver.Device, driver.Context = lambda: None, Device, Context
+    driver.mem_alloc, driver.Stream = mem_alloc, lambda: Scoped(pushed)
+    driver.pagelocked_empty = np.empty
     package = types.ModuleType("pycuda")
     package.driver = driver
     monkeypatch.setitem(sys.modules, "pycuda", package)
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    return pushed
+
+
+def test_pycuda_comes_first(pycuda):
     layer = open_device(0)
     assert isinstance(layer, PyCudaLayer)
     assert layer.compute_capability == "9.0"
     with pytest.raises(ZeroDivisionError), layer.active():
         _ = 1 / 0
-    assert pushed == ["push", "pop"]
+    assert pycuda == ["push", "pop"]
+
+
+def test_what_is_pycudas_goes_where_its_context_is_current(pycuda):
+    layer = open_device(0)
+    with layer.active():
+        buffer, stream = layer.device_buffer(8), layer.stream()
+        values = layer.host_buffer((2, 3), np.float32)
+        values[...] = 1
+    assert (int(buffer), values.sum()) == (5, 6)
+    del buffer, stream
+    assert pycuda == ["push", "pop"] + 2 * ["push", "released", "pop"]
+
+
+def test_pycudas_errors_are_ours(pycuda):
+    layer = open_device(0)
+    with layer.active(), pytest.raises(BackendError, match=r"CUDA failed \(Error: cuMemAlloc failed: out of memory\)"):
+        layer.device_buffer(2000)
 
 
 def test_neither_library(monkeypatch, runtime):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(BackendError, match=r"pip install 'wsss-deploy\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=r"pip install 'cuda-bindings\[all\]'"):
         open_device(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -84,6 +85,20 @@ def failure(message: str, reason: str) -> BackendError:
     words = reason.lower()
     short = any(text in words for text in ("out of memory", "bad_alloc", "bad allocation", "failed to allocate"))
     return OutOfMemoryError(message) if short else BackendError(message)
+
+
+def refined_here(scores: Any, images: npt.NDArray[np.uint8], refiner: Refiner | None) -> Output:
+    """Scores that lie in the host's memory, refined there.
+
+    Args:
+        scores: float32 (N, C, H, W).
+        images: As in `Backend.run`.
+        refiner: None leaves them as they are.
+    """
+    if refiner is None:
+        return Output(scores, 0.0)
+    start = time.perf_counter()
+    return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
 
 
 class Availability(NamedTuple):

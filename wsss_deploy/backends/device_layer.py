@@ -6,9 +6,12 @@ CUDA graphs, whose capture (`capture_graph`) goes through cuda-bindings on any s
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import DTypeLike, NDArray
+
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 class DeviceLayer(Protocol):
@@ -50,7 +57,7 @@ class DeviceLayer(Protocol):
         ...
 
     def device_buffer(self, count: int) -> Any:
-        """Bytes on the device; freed with the object. Its address is `int()` of it."""
+        """Bytes on the device; freed with the object, in whatever thread. Its address is `int()` of it."""
         ...
 
     def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -85,9 +92,22 @@ def open_device(index: int) -> DeviceLayer:
             raise BackendError(
                 f"cuda:{index} does not work: {type(error).__name__}: {error}; check the driver with nvidia-smi"
             ) from error
-    raise BackendError(
-        f"CUDA needs cuda-bindings or pycuda ({'; '.join(reasons)}); pip install 'wsss-deploy[tensorrt]'"
-    )
+    raise BackendError(f"CUDA needs cuda-bindings or pycuda ({'; '.join(reasons)}); pip install 'cuda-bindings[all]'")
+
+
+def _as_ours(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Errors of pycuda, whose classes are none of Python's own, as `BackendError`."""
+
+    @functools.wraps(method)
+    def translated(*args: _Given.args, **options: _Given.kwargs) -> _Result:
+        try:
+            return method(*args, **options)
+        except BackendError:
+            raise
+        except Exception as error:
+            raise BackendError(f"CUDA failed ({type(error).__name__}: {error})") from error
+
+    return translated
 
 
 class PyCudaLayer:
@@ -114,34 +134,41 @@ class PyCudaLayer:
         finally:
             self._driver.Context.pop()
 
+    @_as_ours
     def stream(self) -> Any:
         """See `DeviceLayer`."""
-        return self._driver.Stream()
+        return _Dropped(self._driver.Stream(), self.active)
 
     def handle(self, stream: Any) -> int:
         """See `DeviceLayer`."""
-        return int(stream.handle)
+        return int(stream.value.handle)
 
+    @_as_ours
     def wait(self, stream: Any) -> None:
         """See `DeviceLayer`."""
-        stream.synchronize()
+        stream.value.synchronize()
 
+    @_as_ours
     def device_buffer(self, count: int) -> Any:
         """See `DeviceLayer`."""
-        return self._driver.mem_alloc(max(count, 1))
+        return _Dropped(self._driver.mem_alloc(max(count, 1)), self.active)
 
+    @_as_ours
     def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `DeviceLayer`."""
-        array: NDArray[Any] = self._driver.pagelocked_empty(shape, dtype)
-        return array
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        array = self._driver.pagelocked_empty(max(count, 1), np.uint8)
+        return _array_of(array.ctypes.data, _Dropped(array, self.active), shape, dtype)
 
+    @_as_ours
     def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
         """See `DeviceLayer`."""
-        self._driver.memcpy_htod_async(target, source, stream)
+        self._driver.memcpy_htod_async(int(target), source, stream.value)
 
+    @_as_ours
     def download(self, target: NDArray[Any], source: Any, stream: Any) -> None:
         """See `DeviceLayer`."""
-        self._driver.memcpy_dtoh_async(target, source, stream)
+        self._driver.memcpy_dtoh_async(target, int(source), stream.value)
 
 
 class CudaBindingsLayer:
@@ -150,27 +177,30 @@ class CudaBindingsLayer:
     name = "cuda-bindings"
 
     def __init__(self, index: int) -> None:
-        from cuda.bindings import runtime
+        from cuda.bindings import driver, runtime
 
         self._cuda: Any = runtime
-        self._index = index
+        self._driver: Any = driver
+        checked(driver.cuInit(0))
+        self._context = checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(index))))
         properties = checked(runtime.cudaGetDeviceProperties(index))
         self.gpu: str = properties.name.decode()
         self.compute_capability = f"{properties.major}.{properties.minor}"
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """See `DeviceLayer`; the caller's device is current again afterwards."""
-        before = checked(self._cuda.cudaGetDevice())
-        checked(self._cuda.cudaSetDevice(self._index))
+        """See `DeviceLayer`; what was current before is current again afterwards."""
+        # Setting the caller's device again would make a context on it if it has none.
+        checked(self._driver.cuCtxPushCurrent(self._context))
         try:
             yield
         finally:
-            checked(self._cuda.cudaSetDevice(before))
+            self._driver.cuCtxPopCurrent()
 
     def stream(self) -> Any:
         """See `DeviceLayer`; it does not wait for the default stream."""
-        return checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        made = checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        return _Owned(made, self._cuda.cudaStreamDestroy)
 
     def handle(self, stream: Any) -> int:
         """See `DeviceLayer`."""
@@ -178,7 +208,7 @@ class CudaBindingsLayer:
 
     def wait(self, stream: Any) -> None:
         """See `DeviceLayer`."""
-        checked(self._cuda.cudaStreamSynchronize(stream))
+        checked(self._cuda.cudaStreamSynchronize(stream.value))
 
     def device_buffer(self, count: int) -> Any:
         """See `DeviceLayer`."""
@@ -186,25 +216,19 @@ class CudaBindingsLayer:
 
     def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `DeviceLayer`."""
-        import ctypes
-
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         owner = _Owned(checked(self._cuda.cudaMallocHost(max(count, 1))), self._cuda.cudaFreeHost)
-        memory: Any = (ctypes.c_uint8 * count).from_address(int(owner))
-        # numpy keeps the ctypes object alive, and that keeps the owner.
-        memory.owner = owner
-        array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
-        return array
+        return _array_of(int(owner), owner, shape, dtype)
 
     def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
         """See `DeviceLayer`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        checked(self._cuda.cudaMemcpyAsync(int(target), source.ctypes.data, source.nbytes, kind, stream))
+        checked(self._cuda.cudaMemcpyAsync(int(target), source.ctypes.data, source.nbytes, kind, stream.value))
 
     def download(self, target: NDArray[Any], source: Any, stream: Any) -> None:
         """See `DeviceLayer`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        checked(self._cuda.cudaMemcpyAsync(target.ctypes.data, int(source), target.nbytes, kind, stream))
+        checked(self._cuda.cudaMemcpyAsync(target.ctypes.data, int(source), target.nbytes, kind, stream.value))
 
 
 def capture_graph(handle: int, enqueue: Callable[[], None]) -> Callable[[], None]:
@@ -263,4 +287,74 @@ class _Owned:
         return int(self.value)
 
     def __del__(self) -> None:
-        self._release(self.value)
+        if not sys.is_finalizing():  # the process ends, and the libraries may be gone already
+            self._release(self.value)
+
+
+class _Dropped:
+    """Something of pycuda's, which is released where its context is current and leaks anywhere else."""
+
+    def __init__(self, value: Any, active: Callable[[], AbstractContextManager[None]]) -> None:
+        self.value, self._active = value, active
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            with self._active():
+                del self.value
+
+
+def _array_of(address: int, owner: object, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array over memory that lives as long as its owner, which the array keeps."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory: Any = (ctypes.c_uint8 * max(count, 1)).from_address(address)
+    # numpy keeps the ctypes object alive, and that keeps the owner.
+    memory.owner = owner
+    array: NDArray[Any] = np.frombuffer(memory, np.uint8)[:count].view(dtype).reshape(shape)
+    return array
+
+
+class Buffers:
+    """Memory by name, which grows with what is asked for and is kept; for one thread at a time.
+
+    Images of many sizes then soon need no allocation, each of which waits for the whole device.
+
+    Args:
+        layer: The device, active whenever a method is called.
+    """
+
+    def __init__(self, layer: DeviceLayer) -> None:
+        self._layer = layer
+        self._device: dict[str, tuple[Any, int]] = {}
+        self._host: dict[str, NDArray[np.uint8]] = {}
+
+    def device(self, name: str, count: int) -> int:
+        """Address of at least so many bytes on the device; others of this name are gone if they were too few.
+
+        Raises:
+            BackendError: Memory is short.
+        """
+        if name not in self._device or self._device[name][1] < count:
+            self._device.pop(name, None)  # before the new one, or both would be held
+            self._device[name] = self._layer.device_buffer(count), count
+        return int(self._device[name][0])
+
+    def host(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A page-locked array; of this name there is one at a time.
+
+        Raises:
+            BackendError: Memory is short.
+        """
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._host or len(self._host[name]) < count:
+            self._host.pop(name, None)
+            self._host[name] = self._layer.host_buffer((count,), np.uint8)
+        array: NDArray[Any] = self._host[name][:count].view(dtype).reshape(shape)
+        return array
+
+    def release(self) -> None:
+        """Give everything back."""
+        self._device.clear()
+        self._host.clear()

@@ -6,52 +6,53 @@ GPU**: what is tested is the kernels' code and the order of launches, by a stand
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any
 
 import numpy as np
 
-from wsss_deploy.backends.device_layer import DeviceLayer
+from wsss_deploy.backends.base import failure
+from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
 from wsss_deploy.card import Refinement
+from wsss_deploy.errors import OutOfMemoryError
 from wsss_deploy.pairwise import Form, choose, refine
 from wsss_deploy.pairwise.cuda_form import refine_at
 from wsss_deploy.pairwise.cuda_guide import make_guide_at
 from wsss_deploy.pairwise.cuda_launch import Place
 from wsss_deploy.pairwise.guides import make_guide
 
-Shape = tuple[int, int, int, int]
+_log = logging.getLogger(__name__)
+
+#: A thread holds the weights of all neighbours; far more of them would take gigabytes of the device's memory.
+_MOST_NEIGHBOURS = 256
 
 
 class DeviceRefinement:
-    """Refines in one stream, with buffers that are kept as long as the shape stays; for one thread at a time.
+    """Refines in one stream, with buffers that are kept; for one thread at a time, in which the device is active.
 
     Args:
         layer: The device.
         index: Its number.
         stream: Of the layer; refinement follows what is in it.
+        obstacles: What was found by `obstacle`, shared by all that work on one device.
     """
 
-    def __init__(self, layer: DeviceLayer, index: int, stream: object) -> None:
+    def __init__(
+        self, layer: DeviceLayer, index: int, stream: object, obstacles: dict[str, str | None] | None = None
+    ) -> None:
         major, minor = map(int, layer.compute_capability.split("."))
         self._layer, self._stream = layer, stream
-        self._obstacles: dict[Refinement, str | None] = {}
         self._place = Place(index, layer.handle(stream), (major, minor))
-        self.release()
+        self._buffers = Buffers(layer)
+        self._obstacles: dict[str, str | None] = {} if obstacles is None else obstacles
 
-    def release(self) -> None:
-        """Give the buffers back."""
-        self._shape: tuple[Shape, int] | None = None
-        self._guide: Any = None
-        self._weights: Any = None
-        self._spare: Any = None
-
-    def __call__(self, settings: Refinement, images: int, scores: int, shape: Shape) -> int:
-        """Put a refinement into the stream; the device is active.
+    def __call__(self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]) -> int:
+        """Put a refinement into the stream.
 
         Args:
             settings: One that `obstacle` has nothing against.
             images: Address of what the network saw, RGB bytes (N, H, W, 3).
-            scores: Address of float32 (N, C, H, W); overwritten.
+            scores: Address of float32 (N, C, H, W); overwritten, but only after all memory was there.
             shape: Of the scores.
 
         Returns:
@@ -61,66 +62,87 @@ class DeviceRefinement:
             BackendError: The kernels cannot be compiled or launched, or memory is short.
         """
         batch, channels, height, width = shape
-        parameters = settings.parameters
-        if (shape, len(parameters.offsets)) != self._shape:
-            self.release()  # before the new ones come, or both would be held
-            plane = 4 * batch * height * width
-            self._guide = self._layer.device_buffer(3 * plane)
-            self._weights = self._layer.device_buffer(len(parameters.offsets) * plane)
-            self._spare = self._layer.device_buffer(channels * plane)
-            self._shape = shape, len(parameters.offsets)
-        guide = int(self._guide)
+        plane = 4 * batch * height * width
+        guide = self._buffers.device("guide", 3 * plane)
+        weights = self._buffers.device("weights", len(settings.parameters.offsets) * plane)
+        spare = self._buffers.device("spare", channels * plane)
         make_guide_at(self._place, settings.guide, images, (batch, height, width), guide)
-        return refine_at(self._place, parameters, shape, (3, guide), scores, int(self._weights), int(self._spare))
+        whole = batch, channels, height, width
+        return refine_at(self._place, settings.parameters, whole, (3, guide), scores, weights, spare)
 
-    def timed(self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]) -> tuple[int, float]:
+    def timed(self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]) -> tuple[int, float] | None:
         """Refine as a call does and wait for it.
 
         Returns:
             The address, and the milliseconds that refining took; what was in the stream before is waited for first.
+            None if memory is short: the scores then are as they were.
 
         Raises:
             BackendError: As a call.
         """
-        count, channels, height, width = shape
         self._layer.wait(self._stream)
         start = time.perf_counter()
-        found = self(settings, images, scores, (count, channels, height, width))
+        try:
+            found = self(settings, images, scores, shape)
+        except Exception as error:
+            if not _memory_is_short(error):
+                raise
+            self._buffers.release()
+            _log.warning("The GPU has no memory for refining %s scores; the CPU refines them", shape)
+            return None
         self._layer.wait(self._stream)
         return found, (time.perf_counter() - start) * 1e3
 
     def obstacle(self, settings: Refinement) -> str | None:
         """Why a refinement cannot be done here; None if it can: a small one then equals the CPU's on this device."""
-        if settings.parameters.kind == "gaussian" or settings.parameters.mean_field is not None:
+        parameters = settings.parameters
+        if parameters.kind == "gaussian" or parameters.mean_field is not None:
             return "Gaussian weights and mean fields are refined on the CPU"
-        if settings not in self._obstacles:
-            self._obstacles[settings] = self._tried(settings)
-        return self._obstacles[settings]
-
-    def _tried(self, settings: Refinement) -> str | None:
+        if len(parameters.offsets) > _MOST_NEIGHBOURS:
+            return f"{len(parameters.offsets)} neighbours, of which it takes at most {_MOST_NEIGHBOURS}"
+        key = settings.model_dump_json()
+        if key in self._obstacles:
+            return self._obstacles[key]
         try:
             difference = self._difference(settings)
         except Exception as error:  # whatever ails it, the CPU's form is there
-            return f"{type(error).__name__}: {error}".partition("\n")[0]
-        return None if difference < 1e-4 else f"its result differs from the CPU's by {difference:.1e} on this device"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            if _memory_is_short(error):  # which may pass
+                return reason
+        else:
+            reason = f"its result differs from the CPU's by {difference:.1e} on this device"
+            if difference < 1e-4:  # not of NaN
+                self._obstacles[key] = None
+                return None
+        _log.warning("The CPU refines, not the GPU: %s", reason)
+        self._obstacles[key] = reason
+        return reason
 
     def _difference(self, settings: Refinement) -> float:
         """Largest difference on a small problem; NaN if it gives one."""
         layer, random = self._layer, np.random.default_rng(0)
         shape = (2, 5, 13, 37)
-        with layer.active():
-            images = layer.host_buffer((2, 13, 37, 3), np.uint8)
-            images[...] = random.integers(0, 256, images.shape)
-            scores = layer.host_buffer(shape, np.float32)
-            scores[...] = random.random(shape, np.float32) / 5
-            expected = refine(scores, make_guide(images, settings.guide), settings.parameters)
-            buffers = [layer.device_buffer(host.nbytes) for host in (images, scores)]
-            for buffer, host in zip(buffers, (images, scores), strict=True):
-                layer.upload(buffer, host, self._stream)
-            found = self(settings, int(buffers[0]), int(buffers[1]), shape)
-            layer.download(scores, found, self._stream)
-            layer.wait(self._stream)
+        images = self._buffers.host("image", (2, 13, 37, 3), np.uint8)
+        images[...] = random.integers(0, 256, images.shape)
+        scores = self._buffers.host("scores", shape, np.float32)
+        scores[...] = random.random(shape, np.float32) / 5
+        expected = refine(scores, make_guide(images, settings.guide), settings.parameters)
+        places = {name: self._buffers.device(name, host.nbytes) for name, host in (("i", images), ("s", scores))}
+        layer.upload(places["i"], images, self._stream)
+        layer.upload(places["s"], scores, self._stream)
+        found = self(settings, places["i"], places["s"], shape)
+        layer.download(scores, found, self._stream)
+        layer.wait(self._stream)
         return float(np.abs(scores - expected).max())
+
+
+def _memory_is_short(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or isinstance(failure("", cuda_reason(error)), OutOfMemoryError)
+
+
+def cuda_reason(error: Exception) -> str:
+    """What CUDA said, its cudaErrorMemoryAllocation and CUDA_ERROR_OUT_OF_MEMORY in words that `failure` knows."""
+    return str(error).replace("MemoryAllocation", "out of memory").replace("OUT_OF_MEMORY", "out of memory")
 
 
 def form_beside(obstacle: str | None) -> Form:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wsss_deploy.artifact import read_card
-from wsss_deploy.backends.base import Output, failure
+from wsss_deploy.backends.base import Output, failure, refined_here
 from wsss_deploy.backends.bound_session import BoundSession
 from wsss_deploy.backends.device_layer import open_device
-from wsss_deploy.backends.device_refinement import form_beside
+from wsss_deploy.backends.device_refinement import cuda_reason, form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.onnx_check import check_onnx
@@ -31,7 +30,7 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 class OnnxRuntimeBackend:
-    """An exported model in ONNX Runtime; sessions may run in many threads at once.
+    """An exported model in ONNX Runtime; may be called from many threads, which take turns on a GPU.
 
     Args:
         path: The model file.
@@ -87,23 +86,28 @@ class OnnxRuntimeBackend:
                 raise BackendError(
                     f"the session got {', '.join(got)}; CUDA or cuDNN libraries or the driver are missing"
                 )
+            session.disable_fallback()  # or a failing run would quietly open it again on the CPU
             return session
 
+        copies = ""
         try:
-            layer = open_device(index)
-        except BackendError as error:
-            layer, self._copies = None, f"by ONNX Runtime, from and to pageable memory: {error}"
-        try:
-            if layer is None:
+            try:
+                layer = open_device(index)
+            except BackendError as error:
+                copies = f"by ONNX Runtime, from and to pageable memory: {error}"
                 self._session = opened()
             else:
-                self._bound = BoundSession(opened, layer, index, self._classes)
-                self._session = self._bound.session
-                self._copies = f"bound, page-locked, in one stream with the refinement ({layer.name})"
+                bound = BoundSession(opened, layer, index, self._classes)
+                self._bound, self._session = bound, bound.session
+                copies = f"bound, page-locked, in one stream with the refinement ({layer.name})"
         except BackendError as error:
-            return str(error)
-        self.device = f"cuda:{index}"
+            return "; ".join(filter(None, (str(error), copies.partition(": ")[2])))
+        self.device, self._copies = f"cuda:{index}", copies
         return None
+
+    def __del__(self) -> None:
+        # Of a bound session this is a second hold, and the session has to go before its stream.
+        self._session = None
 
     def _open(self, path: Path, providers: list[Any]) -> Any:
         options = onnxruntime.SessionOptions()
@@ -127,13 +131,7 @@ class OnnxRuntimeBackend:
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; the refiner works where the runtime's output is, if it can."""
-        if refiner is None:
-            return Output(*self._output("scores", images))
-        if self._bound is not None and self._bound.refinement.obstacle(refiner.settings) is None:
-            return Output(*self._output("scores", images, refiner))
-        result, _ = self._output("scores", images)
-        start = time.perf_counter()
-        return Output(refiner(result, images), (time.perf_counter() - start) * 1e3)
+        return Output(*self._output("scores", images, refiner))
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`."""
@@ -143,23 +141,24 @@ class OnnxRuntimeBackend:
     def _output(
         self, name: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
     ) -> tuple[npt.NDArray[Any], float]:
-        """One output, and the milliseconds that refining on the device took."""
+        """One output, and the milliseconds that refining took."""
         try:
             if self._bound is not None:
                 return self._bound.run(name, images, refiner)
-            return self._session.run([name], {"image": images})[0], 0.0
+            result = self._session.run([name], {"image": images})[0]
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
             raise failure(
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device",
-                str(error).replace("MemoryAllocation", "out of memory"),
+                cuda_reason(error),
             ) from error
+        return refined_here(result, images, refiner)
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""
         if self._bound is not None:
-            return form_beside(self._bound.refinement.obstacle(settings))
+            return form_beside(self._bound.obstacle(settings))
         return choose("auto", is_torch=False)
 
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
 import openvino
 
 from wsss_deploy.artifact import read_card
-from wsss_deploy.backends.base import Output, failure
+from wsss_deploy.backends.base import Output, failure, refined_here
 from wsss_deploy.card import Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.openvino_file import check_weights
@@ -79,11 +78,7 @@ class OpenVinoBackend:
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`."""
-        scores = self._output(0, images)
-        if refiner is None:
-            return Output(scores, 0.0)
-        start = time.perf_counter()
-        return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
+        return refined_here(self._output(0, images), images, refiner)
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`."""

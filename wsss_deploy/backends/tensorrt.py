@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import queue
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import Output, failure
-from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
-from wsss_deploy.backends.device_refinement import DeviceRefinement, form_beside
+from wsss_deploy.backends.base import Output, failure, refined_here
+from wsss_deploy.backends.device_layer import Buffers, DeviceLayer, capture_graph, open_device
+from wsss_deploy.backends.device_refinement import DeviceRefinement, cuda_reason, form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError
@@ -62,6 +61,7 @@ class TensorRTBackend:
         manifest.check_machine(path, trt.__version__, self._layer.gpu, self._layer.compute_capability)
         content = read_engine(path, manifest)
         self._manifest, self._trt, self._path = manifest, trt, path
+        obstacles: dict[str, str | None] = {}
         with self._layer.active():
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             self._engine = self._runtime.deserialize_cuda_engine(content)
@@ -69,15 +69,11 @@ class TensorRTBackend:
                 raise ArtifactError(f"{path}: TensorRT cannot load it; build it anew: {manifest.command}")
             self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
             for _ in range(SLOTS):
-                self._free.put(_Slot(trt, self._engine, self._layer, index))
+                self._free.put(_Slot(trt, self._engine, self._layer, index, obstacles))
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; refined before they leave the device where that is possible."""
-        if refiner is None or self._obstacle(refiner.settings) is None:
-            return Output(*self._batches("scores", images, refiner))
-        scores, _ = self._batches("scores", images)
-        start = time.perf_counter()
-        return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
+        return Output(*self._batches("scores", images, refiner))
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`: nothing else leaves the device."""
@@ -86,20 +82,17 @@ class TensorRTBackend:
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""
-        return form_beside(self._obstacle(settings))
-
-    def _obstacle(self, settings: Refinement) -> str | None:
-        """Why the device cannot refine; tried once, in any of the slots."""
         slot = self._free.get()
         try:
-            return slot.obstacle(settings)
+            with self._layer.active():
+                return form_beside(slot.obstacle(settings))
         finally:
             self._free.put(slot)
 
     def _batches(
         self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
     ) -> tuple[npt.NDArray[Any], float]:
-        """One output, and the milliseconds that refining on the device took."""
+        """One output, and the milliseconds that refining took."""
         most = self._manifest.shapes[2][0]
         for part in (images[:most], images[len(images) // most * most :]):
             if len(part) and not self._manifest.accepts(part.shape[:3]):
@@ -116,8 +109,7 @@ class TensorRTBackend:
         except (BackendError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
-            # CUDA says cudaErrorMemoryAllocation.
-            raise failure(message, reason.replace("MemoryAllocation", "out of memory")) from error
+            raise failure(message, cuda_reason(error)) from error
         finally:
             self._free.put(slot)
         if len(parts) == 1:
@@ -142,22 +134,21 @@ class TensorRTBackend:
 class _Slot:
     """One execution context with its stream and buffers; used by one thread at a time."""
 
-    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer, index: int) -> None:
+    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer, index: int, obstacles: dict[str, str | None]) -> None:
         self._trt, self._layer = trt, layer
         self._context = engine.create_execution_context()
         if self._context is None:
             raise BackendError("TensorRT cannot create an execution context: out of memory")
         self._stream = layer.stream()
         self._handle = layer.handle(self._stream)
-        self._refinement = DeviceRefinement(layer, index, self._stream)
+        self._refinement = DeviceRefinement(layer, index, self._stream, obstacles)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         if {"image", "scores", "mask"} != set(names):
             raise ArtifactError(f"the engine has the tensors {', '.join(names)}, expected image, scores and mask")
         self._context.set_optimization_profile_async(0, self._handle)
         self._shape: tuple[int, ...] = ()
-        self._host: dict[str, npt.NDArray[Any]] = {}
-        self._buffers: dict[str, Any] = {}
+        self._buffers, self._addresses = Buffers(layer), dict[str, int]()
         self._calls = 0
         self._graph: Callable[[], None] | None = None
 
@@ -170,33 +161,31 @@ class _Slot:
     def run(
         self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None
     ) -> tuple[npt.NDArray[Any], float]:
-        """Upload, network, refinement, download of one output."""
+        """Upload, network, refinement, download of one output; and the milliseconds that refining took."""
+        there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
         if images.shape != self._shape:
             self._prepare(images.shape)
-        self._host["image"][...] = images
-        self._layer.upload(self._buffers["image"], self._host["image"], self._stream)
-        self._launch()
+        staged = self._buffers.host("image", images.shape, np.uint8)
         shape = tuple(self._context.get_tensor_shape(output))
-        if output not in self._host:
-            self._host[output] = self._layer.host_buffer(shape, self._types[output])
-        found, spent = int(self._buffers[output]), 0.0
-        if refiner is not None:
-            found, spent = self._refinement.timed(refiner.settings, int(self._buffers["image"]), found, shape)
-        self._layer.download(self._host[output], found, self._stream)
+        result = self._buffers.host(output, shape, self._types[output])
+        staged[...] = images
+        self._layer.upload(self._addresses["image"], staged, self._stream)
+        self._launch()
+        image, found = self._addresses["image"], self._addresses[output]
+        refined = None if there is None else self._refinement.timed(there.settings, image, found, shape)
+        self._layer.download(result, found if refined is None else refined[0], self._stream)
         self._layer.wait(self._stream)
-        return self._host[output].copy(), spent  # the buffer is the next call's
+        copy = result.copy()  # the buffer is the next call's
+        return refined_here(copy, images, refiner) if refined is None else (copy, refined[1])
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
-        self._shape, self._graph, self._calls, self._host = (), None, 0, {}
-        self._refinement.release()
+        self._shape, self._graph, self._calls = (), None, 0
         if not self._context.set_input_shape("image", shape):
             raise BackendError(f"TensorRT refuses images of {shape}")
         for name, kind in self._types.items():
             count = int(np.prod(self._context.get_tensor_shape(name))) * kind.itemsize
-            self._buffers.pop(name, None)  # before the new one, or both would be held
-            self._buffers[name] = self._layer.device_buffer(count)
-            self._context.set_tensor_address(name, int(self._buffers[name]))
-        self._host["image"] = self._layer.host_buffer(shape, np.uint8)
+            self._addresses[name] = self._buffers.device(name, count)
+            self._context.set_tensor_address(name, self._addresses[name])
         self._shape = shape
 
     def _launch(self) -> None:

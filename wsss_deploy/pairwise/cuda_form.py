@@ -92,6 +92,8 @@ def refine_at(
     Raises:
         BackendError: See `cuda_launch.launch`.
     """
+    if parameters.iterations == 0:
+        return masks
     batch, channels, *size = shape
     program = _Program(parameters, "float")
     launch_at(place, program, _AFFINITY, [guide[1]], [batch, guide[0], *size], [weights])

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 128
-#: PTX for this runs on everything newer; an older device gets its own.
-ARCHITECTURE = 80
+#: PTX for this is what a GPU that the compiler does not know yet gets.
+KNOWN = 80
 
 
 class Program(Hashable, Protocol):
     """What can be compiled; equal programs are loaded once a device."""
 
     def ptx(self, architecture: str) -> bytes:
-        """The code for an architecture such as "compute_80"."""
+        """The code for an architecture, see `cuda_source.compile_program`."""
 
 
 class Place(NamedTuple):
@@ -89,7 +89,7 @@ def launch_at(
     types: list[Any] = [ctypes.c_void_p] * len(inputs) + [ctypes.c_int] * len(sizes)
     types += [ctypes.c_void_p] * len(outputs)
     blocks = -(-sizes[0] * sizes[-2] * sizes[-1] // BLOCK)
-    architecture = min(10 * place.capability[0] + place.capability[1], ARCHITECTURE)
+    architecture = 10 * place.capability[0] + place.capability[1]
     driver = _driver()
     # A thread of the caller's may have no current context yet; torch itself uses the device's primary one.
     _checked(driver.cuCtxPushCurrent(_context(place.device)))
@@ -117,8 +117,16 @@ def _function(program: Program, device: int, architecture: int, kernel: str) -> 
 # Without a limit: a module that fell out of it would stay loaded all the same.
 @functools.cache
 def _module(program: Program, device: int, architecture: int) -> Any:
-    """The program, loaded into the current context, which is the device's."""
-    code = program.ptx(f"compute_{architecture}")
+    """The program, loaded into the current context, which is the device's.
+
+    Machine code where the compiler knows the GPU: a driver that is older than the compiler refuses its PTX.
+    """
+    try:
+        code = program.ptx(f"sm_{architecture}")
+    except BackendError:
+        if architecture <= KNOWN:
+            raise
+        code = program.ptx(f"compute_{KNOWN}")
     return _checked(_driver().cuModuleLoadData(code + b"\0"))
 
 
@@ -135,6 +143,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         name = getattr(status, "name", status)
         raise BackendError(
-            f"the CUDA driver refuses the pairwise kernels ({name}); use form 'torch', or update the driver"
+            f"the CUDA driver refuses the pairwise kernels ({name}); update it, or refine without them (form 'torch', "
+            "or the CPU)"
         )
     return values[0] if values else None

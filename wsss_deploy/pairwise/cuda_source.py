@@ -62,12 +62,12 @@ def source(parameters: PairwiseParameters, storage: str = "float") -> str:
 
 @functools.lru_cache(maxsize=16)
 def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: str = "compute_80") -> bytes:
-    """The program's PTX.
+    """The program's PTX, or its machine code.
 
     Args:
         parameters: What is compiled in.
         storage: Type of the arrays, "float" or "__half".
-        architecture: The least that the code runs on; drivers compile PTX for newer GPUs.
+        architecture: See `compile_program`.
 
     Raises:
         BackendError: cuda-bindings or NVRTC are not installed, or the program does not compile.
@@ -76,12 +76,14 @@ def ptx(parameters: PairwiseParameters, storage: str = "float", architecture: st
 
 
 def compile_program(text: str, name: str, architecture: str = "compute_80") -> bytes:
-    """PTX of a program, from the disk where it was compiled before.
+    """A compiled program, from the disk where it was compiled before.
 
     Args:
         text: CUDA C++.
         name: For messages.
-        architecture: The least that the code runs on.
+        architecture: "compute_80" and the like give PTX, which drivers that are no older than the compiler compile for
+            this GPU and newer ones; "sm_90" and the like give machine code for GPUs of that kind alone, which any
+            driver of the compiler's major version loads.
 
     Raises:
         BackendError: As `ptx`.
@@ -96,7 +98,8 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
         version = ".".join(map(str, _all_checked(nvrtc.nvrtcVersion())))
     except RuntimeError as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
-    known = ptx_cache.key(text, *options, version)
+    machine = architecture.startswith("sm_")
+    known = ptx_cache.key(text, *options, version, "cubin" if machine else "ptx")
     kept = ptx_cache.read(known)
     if kept is not None:
         return kept
@@ -111,8 +114,9 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
         log = b" " * (_checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendError(f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}")
-    result: bytes = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
-    nvrtc.nvrtcGetPTX(program, result)
+    size, read = ("nvrtcGetCUBINSize", "nvrtcGetCUBIN") if machine else ("nvrtcGetPTXSize", "nvrtcGetPTX")
+    result: bytes = b" " * _checked(getattr(nvrtc, size)(program))
+    getattr(nvrtc, read)(program, result)
     nvrtc.nvrtcDestroyProgram(program)
     ptx_cache.write(known, result)
     return result
