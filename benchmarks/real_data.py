@@ -40,6 +40,7 @@ PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
 # Labels of the network's moving average, refined along the image.
 _TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
 TEACHER = ("--set", f"method.teacher={_TEACHER}")
+ABSENT = ("--set", "method.absent={}")
 CARRIED_TEACHER = (
     "--set",
     "method={name: partial_ce, propagate: {tokens: {images: true}}, teacher: " + _TEACHER + "}",
@@ -55,6 +56,8 @@ SETTINGS = (
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
+    Setting("voc-scribbles-absent", "voc_animals", "scribbles", "gated_crf", extra=ABSENT),
+    Setting("voc-scribbles-absent-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *TEACHER)),
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
     Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
     Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
