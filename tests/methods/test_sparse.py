@@ -114,6 +114,8 @@ def test_a_refined_teacher_follows_the_images_edges():
     method.set_teacher(Fixed(logits))
     found = method(student, data, 0.0)["teacher"]
     found.backward()
+    assert student.logits.grad.abs().sum() > 0
+    assert method.teacher.logits.grad is None
     # Pixels in question: all but labelled rows and padding; right of the edge class 1, left of it class 0.
     rows, raised = slice(3, 59), F.interpolate(student.logits, (64, 64), mode="bilinear")
     truth = torch.zeros(1, 64, 64, dtype=torch.long)
@@ -125,6 +127,38 @@ def test_a_refined_teacher_follows_the_images_edges():
     plain.set_teacher(Fixed(logits))
     shifted = plain(student, data, 0.0)["teacher"]
     assert (shifted - expected).abs() > 2 * (found - expected).abs()
+
+
+def test_what_is_beyond_the_image_does_not_bleed_into_refined_labels():
+    # A noisy image around the padding's colour, in which like colours are found in the padding.
+    torch.manual_seed(0)
+    image = 0.3 * torch.randn(1, 3, 64, 64)
+    valid = torch.ones(1, 64, 64, dtype=torch.bool)
+    valid[:, 32:] = False
+    image[:, :, 32:] = 0
+    logits = torch.zeros(1, CLASSES, 16, 16)
+    logits[:, 1, :8], logits[:, 0, 8:] = 5.0, 5.0
+    data = Batch(image, torch.full((1, 64, 64), 255), valid, torch.zeros(1, CLASSES), torch.ones(1, CLASSES) > 0)
+    method = make("partial_ce", teacher={"threshold": 0.7, "start": 0, "refine": True})
+    method.set_teacher(Fixed(logits))
+    raised = F.interpolate(logits, (64, 64), mode="bilinear").softmax(1)
+    refined = method._refined(raised, data)[:, :, :32]
+    assert (refined.argmax(1) == 1).all()
+    assert (refined[:, 1, :28] > 0.8).all()
+    torch.testing.assert_close(refined.sum(1), torch.ones(1, 32, 64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_of_an_image_without_labels_nothing_is_known_to_be_absent(refine):
+    data = batch()
+    data.labels[1], data.labelled[1] = 255, False
+    logits = torch.zeros(2, CLASSES, 8, 8)
+    logits[:, 2] = 9.0
+    student = Fixed(logits.clone())
+    method = make("partial_ce", absent={}, teacher={"threshold": 0.8, "start": 0, "refine": refine})
+    method.set_teacher(Fixed(logits))
+    # The student agrees with the teacher, so that there is next to nothing to learn; of class 0 there would be.
+    assert method(student, data, 0.0)["teacher"] < 0.01
 
 
 def test_a_teacher_needs_an_average():

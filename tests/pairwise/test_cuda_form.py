@@ -94,6 +94,26 @@ def test_a_form_that_computes_something_else_is_not_offered(driver, monkeypatch)
     assert "differs" in cuda_form.check(0)
 
 
+def test_a_gpu_that_the_compiler_does_not_know_gets_ptx(driver, monkeypatch):
+    asked = []
+
+    def compiled(parameters, storage, architecture):
+        asked.append(architecture)
+        if architecture.startswith("sm_"):
+            raise BackendError("invalid value for --gpu-architecture")
+        return cuda_source.source(parameters).encode()
+
+    monkeypatch.setattr(cuda_source, "ptx", compiled)
+    masks = torch.rand(1, 2, 4, 4)
+    out = torch.empty_like(masks)
+    cuda_form.refine(SMALL, masks, masks, None, out)
+    torch.testing.assert_close(out, reference.refine(masks, masks, SMALL), rtol=2e-4, atol=1e-5)
+    assert asked == ["sm_90", "compute_80"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(BackendError, match="invalid value"):
+        cuda_form.refine(SMALL, masks, masks, None, out)
+
+
 def test_the_choice_says_why(monkeypatch):
     if not torch.cuda.is_available():
         table = {form.name: form for form in forms()}

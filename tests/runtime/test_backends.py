@@ -94,7 +94,7 @@ class FakeSession:
         return [type("Input", (), {"name": "image", "type": "tensor(uint8)"})]
 
     def get_outputs(self):
-        return [type("Output", (), {"name": "scores"})]
+        return [type("Output", (), {"name": "scores", "shape": ["n", 3, "h", "w"]})]
 
 
 def test_a_provider_that_was_asked_for_and_not_given_is_an_error(monkeypatch, color_onnx):
@@ -115,6 +115,17 @@ def test_onnx_of_another_contract(tmp_path, onnx_bytes, color_card):
     path = tmp_path / "model.onnx"
     path.write_bytes(onnx_bytes(color_card, input_name="pixels"))
     with pytest.raises(ArtifactError, match=r"model\.onnx: found inputs .*pixels.*expected input 'image'"):
+        Segmenter(path, device="cpu")
+
+
+def test_a_graph_with_other_classes_than_its_card(tmp_path, onnx_bytes, color_card):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    names, palette = (*color_card.classes, "more"), (*color_card.palette, (1, 2, 3))
+    path.write_bytes(onnx_bytes(color_card.model_copy(update={"classes": names, "palette": palette})))
+    with pytest.raises(
+        ArtifactError, match=r"model\.onnx: its graph gives 3 classes, its card names 4; export it again"
+    ):
         Segmenter(path, device="cpu")
 
 

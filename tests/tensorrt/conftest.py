@@ -189,6 +189,7 @@ class Buffer:
     def __init__(self, layer, count):
         self.layer, self.memory = layer, (ctypes.c_uint8 * max(count, 1))()
         layer.live += 1
+        layer.events.append("buffer")
 
     def __int__(self):
         return ctypes.addressof(self.memory)
@@ -198,13 +199,23 @@ class Buffer:
         self.layer.live -= 1
 
 
+class Stream:
+    """Notes its end."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def __del__(self):
+        self.events.append("stream ends")
+
+
 class FakeLayer:
     """A device of host memory that notes what crosses, and that everything happens where it is active."""
 
     name, gpu, compute_capability = "stand-in", "Stand-in 9000", "9.0"
 
     def __init__(self, index):
-        self.uploaded, self.downloaded, self.allocated, self.live = [], [], 0, 0
+        self.uploaded, self.downloaded, self.allocated, self.live, self.events = [], [], 0, 0, []
         self.local = threading.local()
 
     @contextmanager
@@ -221,7 +232,7 @@ class FakeLayer:
 
     def stream(self):
         self.check()
-        return object()
+        return Stream(self.events)
 
     def handle(self, stream):
         return 7

@@ -45,6 +45,12 @@ def cuda(monkeypatch, layer, driver):
         def __getattr__(self, name):
             return getattr(self.session, name)
 
+        def disable_fallback(self):
+            pass
+
+        def __del__(self):
+            layer.events.append("session ends")
+
         def get_providers(self):
             return [provider if isinstance(provider, str) else provider[0] for provider in opened[-1]]
 
@@ -142,6 +148,7 @@ def test_buffers_grow_and_are_kept(cuda, tiny_onnx, layer):
     assert (layer.allocated, layer.live) == (before + 5, live), "old ones go: image, scores, guide, weights, spare"
     del segmenter
     assert layer.live == 0
+    assert [event for event in layer.events if event != "buffer"] == ["session ends", "stream ends"]
 
 
 @pytest.mark.parametrize("refine", [False, DEFAULT])
@@ -285,6 +292,10 @@ def test_scores_of_another_type_are_not_bound(cuda, half_onnx, layer):
     ours, theirs = Segmenter(half_onnx, refine=False), Segmenter(half_onnx, device="cpu", refine=False)
     np.testing.assert_allclose(ours.predict(image).scores, theirs.predict(image).scores, atol=1e-3)
     assert layer.downloaded == []
+    assert ours.describe()["copies"].startswith("by ONNX Runtime where an output is neither")
+    refined = Segmenter(half_onnx, refine=DEFAULT).predict(image)
+    assert refined.timing["refinement"] > 0
+    assert refined.network_scores.dtype == np.float32
     assert "not float32" in ours.runtime.refinement_form(DEFAULT).reason
 
 

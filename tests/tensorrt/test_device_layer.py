@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from wsss_deploy.backends.device_layer import CudaBindingsLayer, PyCudaLayer, capture_graph, open_device
+from wsss_deploy.backends.device_layer import Buffers, CudaBindingsLayer, PyCudaLayer, capture_graph, open_device
 from wsss_deploy.errors import BackendError
 
 
@@ -204,7 +204,14 @@ def pycuda(monkeypatch, runtime):
     driver = types.ModuleType("pycuda.driver")
     driver.init, driver.Device, driver.Context = lambda: None, Device, Context
     driver.mem_alloc, driver.Stream = mem_alloc, lambda: Scoped(pushed)
-    driver.pagelocked_empty = np.empty
+
+    def pagelocked_empty(count, dtype):
+        # pycuda's array holds what is released with it.
+        memory = (ctypes.c_uint8 * count)()
+        memory.held = Scoped(pushed)
+        return np.frombuffer(memory, dtype)
+
+    driver.pagelocked_empty = pagelocked_empty
     package = types.ModuleType("pycuda")
     package.driver = driver
     monkeypatch.setitem(sys.modules, "pycuda", package)
@@ -228,8 +235,30 @@ def test_what_is_pycudas_goes_where_its_context_is_current(pycuda):
         values = layer.host_buffer((2, 3), np.float32)
         values[...] = 1
     assert (int(buffer), values.sum()) == (5, 6)
-    del buffer, stream
+    part = values[1:]
+    del buffer, stream, values
     assert pycuda == ["push", "pop"] + 2 * ["push", "released", "pop"]
+    del part
+    assert pycuda == ["push", "pop"] + 3 * ["push", "released", "pop"]
+
+
+def test_buffers_grow_and_give_views(runtime):
+    layer = open_device(0)
+    with layer.active():
+        buffers = Buffers(layer)
+        first = buffers.device("a", 100)
+        assert buffers.device("a", 40) == first
+        assert buffers.device("b", 40) != first
+        whole = buffers.host("a", (4, 5), np.float32)
+        whole[...] = 3
+        small = buffers.host("a", (2, 3), np.uint8)
+        assert small.ctypes.data == whole.ctypes.data
+        del whole, small
+        buffers.device("a", 200)
+        buffers.host("a", (40, 5), np.float32)
+        assert sorted(len(memory) for memory in runtime.memory.values()) == [40, 200, 800]
+        buffers.release()
+    assert runtime.memory == {}
 
 
 def test_pycudas_errors_are_ours(pycuda):

@@ -64,8 +64,13 @@ class SparseMethod(Method):
         assert self.teacher is not None, "set_teacher is called before training"
         with torch.no_grad():
             scores = self.teacher(batch.image).float()
+            if settings.refine:
+                size = (batch.image.shape[-2], batch.image.shape[-1])
+                scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
             if self.sparse.absent is not None:
-                scores = scores.masked_fill(~batch.labelled[:, :, None, None], -torch.inf)
+                # Of an image without any label nothing is known to be absent.
+                possible = batch.labelled | ~batch.labelled.any(dim=1, keepdim=True)
+                scores = scores.masked_fill(~possible[:, :, None, None], -torch.inf)
             probabilities = scores.softmax(dim=1)
             if settings.refine:
                 probabilities = self._refined(probabilities, batch)
@@ -81,16 +86,14 @@ class SparseMethod(Method):
         return total / unlabelled.sum().clamp(min=1)
 
     def _refined(self, probabilities: Tensor, batch: Batch) -> Tensor:
-        """Probabilities at the image's size, refined along it as a model's scores are when it is used.
+        """Probabilities (N, C, H, W) refined along the image as a model's scores are when it is used.
 
-        What is beyond the image in a crop does not bleed into it further than the operator reaches; no label is
-        taken from there.
+        What lies beyond the image in a crop has no weight; where nothing else is near, nothing is likely.
         """
-        size = (batch.image.shape[-2], batch.image.shape[-1])
-        raised = F.interpolate(probabilities, size=size, mode="bilinear", align_corners=False)
         guide = opponent_guide(byte_image(batch.image.float(), self.preprocessing)).contiguous()
-        refined: Tensor = refine(raised, guide, STRONG.parameters)
-        return refined
+        refined: Tensor = refine(probabilities * batch.valid[:, None], guide, STRONG.parameters)
+        # Weights sum to 1 and probabilities inside the image too, so that the sum is the weight that lay inside.
+        return refined / refined.sum(dim=1, keepdim=True).clamp(min=1e-3)
 
     def _spread_term(self, settings: SpreadSettings, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of the labels that were carried, without those that were there."""

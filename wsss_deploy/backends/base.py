@@ -75,30 +75,47 @@ class Backend(Protocol):
         ...
 
 
-def failure(message: str, reason: str) -> BackendError:
+# As they stand in what torch, ONNX Runtime, OpenVINO, TensorRT, CUDA, cuBLAS and numpy say.
+_SHORT = (
+    "out of memory",
+    "out_of_memory",
+    "memoryallocation",
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "unable to allocate",
+    "alloc_failed",
+)
+
+
+def memory_is_short(error: Exception) -> bool:
+    """Whether a runtime failed for want of memory, by the error's class or words."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(text in words for text in _SHORT)
+
+
+def failure(message: str, error: Exception) -> BackendError:
     """The error for a runtime's failure: of its own class where memory was short.
 
     Args:
         message: For the user.
-        reason: What the runtime said.
+        error: The runtime's.
     """
-    words = reason.lower()
-    short = any(text in words for text in ("out of memory", "bad_alloc", "bad allocation", "failed to allocate"))
-    return OutOfMemoryError(message) if short else BackendError(message)
+    return OutOfMemoryError(message) if memory_is_short(error) else BackendError(message)
 
 
 def refined_here(scores: Any, images: npt.NDArray[np.uint8], refiner: Refiner | None) -> Output:
     """Scores that lie in the host's memory, refined there.
 
     Args:
-        scores: float32 (N, C, H, W).
+        scores: Floating (N, C, H, W).
         images: As in `Backend.run`.
         refiner: None leaves them as they are.
     """
     if refiner is None:
         return Output(scores, 0.0)
     start = time.perf_counter()
-    return Output(refiner(scores, images), (time.perf_counter() - start) * 1e3)
+    return Output(refiner(scores.astype(np.float32, copy=False), images), (time.perf_counter() - start) * 1e3)
 
 
 class Availability(NamedTuple):

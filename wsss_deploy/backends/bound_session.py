@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import refined_here
+from wsss_deploy.backends.base import memory_is_short
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
 from wsss_deploy.backends.device_refinement import DeviceRefinement
+from wsss_deploy.errors import BackendError
 
 if TYPE_CHECKING:
     from wsss_deploy.card import Refinement
@@ -60,32 +61,46 @@ class BoundSession:
         # Before its stream, on which it still may put work when it ends.
         self.session = None
 
+    @property
+    def binds_all(self) -> bool:
+        """Whether every output is of a type that is bound."""
+        return len(self._types) == len(self.session.get_outputs())
+
     def obstacle(self, settings: Refinement) -> str | None:
         """Why the device cannot refine the scores, see `DeviceRefinement.obstacle`; None if it can."""
         if self._types.get("scores") != np.float32:
             return "the model's scores are not float32"
-        with self._lock, self._layer.active():
-            return self._refinement.obstacle(settings)
+        try:
+            with self._lock, self._layer.active():
+                return self._refinement.obstacle(settings)
+        except BackendError as error:  # of a device that does not work any more
+            return str(error)
 
     def run(
         self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
-    ) -> tuple[npt.NDArray[Any], float]:
-        """One output, and the milliseconds that refining it took.
+    ) -> tuple[npt.NDArray[Any], float | None]:
+        """One output, and the milliseconds that refining it took; None if it is not refined.
 
         Args:
             output: "scores" or "mask".
             images: RGB, uint8 (N, H, W, 3), none of them 0.
-            refiner: Of scores; what the device cannot refine is refined by the CPU.
+            refiner: Of scores. What the device cannot refine is left to the caller.
 
         Raises:
             BackendError: CUDA failed.
         """
-        if output not in self._types:  # of a type that is not bound
-            return refined_here(self.session.run([output], {"image": images})[0], images, refiner)
         there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
         with self._lock, self._layer.active():
-            result, spent = self._run(output, images, there)
-        return refined_here(result, images, refiner) if spent is None else (result, spent)
+            if output not in self._types:  # of a type that is not bound
+                return self.session.run([output], {"image": images})[0], None
+            try:
+                return self._run(output, images, there)
+            except Exception as error:
+                if memory_is_short(error):
+                    # What is held for images of this size would stand in the way of smaller batches.
+                    self._buffers.release()
+                    self._refinement.release()
+                raise
 
     def _run(
         self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -128,11 +128,15 @@ class PyCudaLayer:
     @contextmanager
     def active(self) -> Iterator[None]:
         """See `DeviceLayer`."""
-        self._context.push()
+        self._enter()
         try:
             yield
         finally:
             self._driver.Context.pop()
+
+    @_as_ours
+    def _enter(self) -> None:
+        self._context.push()
 
     @_as_ours
     def stream(self) -> Any:
@@ -200,7 +204,7 @@ class CudaBindingsLayer:
     def stream(self) -> Any:
         """See `DeviceLayer`; it does not wait for the default stream."""
         made = checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
-        return _Owned(made, self._cuda.cudaStreamDestroy)
+        return _Owned(made, self._cuda.cudaStreamDestroy, self.active)
 
     def handle(self, stream: Any) -> int:
         """See `DeviceLayer`."""
@@ -212,12 +216,12 @@ class CudaBindingsLayer:
 
     def device_buffer(self, count: int) -> Any:
         """See `DeviceLayer`."""
-        return _Owned(checked(self._cuda.cudaMalloc(max(count, 1))), self._cuda.cudaFree)
+        return _Owned(checked(self._cuda.cudaMalloc(max(count, 1))), self._cuda.cudaFree, self.active)
 
     def host_buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See `DeviceLayer`."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        owner = _Owned(checked(self._cuda.cudaMallocHost(max(count, 1))), self._cuda.cudaFreeHost)
+        owner = _Owned(checked(self._cuda.cudaMallocHost(max(count, 1))), self._cuda.cudaFreeHost, self.active)
         return _array_of(int(owner), owner, shape, dtype)
 
     def upload(self, target: Any, source: NDArray[Any], stream: Any) -> None:
@@ -278,17 +282,23 @@ def checked(answer: tuple[Any, ...]) -> Any:
 
 
 class _Owned:
-    """Something of CUDA's that is released with this object."""
+    """Something of CUDA's that is released with this object, where its device is current."""
 
-    def __init__(self, value: Any, release: Callable[[Any], Any]) -> None:
-        self.value, self._release = value, release
+    def __init__(
+        self,
+        value: Any,
+        release: Callable[[Any], Any],
+        active: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.value, self._release, self._active = value, release, active
 
     def __int__(self) -> int:
         return int(self.value)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # the process ends, and the libraries may be gone already
-            self._release(self.value)
+            with self._active():
+                self._release(self.value)
 
 
 class _Dropped:

@@ -11,10 +11,9 @@ import time
 
 import numpy as np
 
-from wsss_deploy.backends.base import failure
+from wsss_deploy.backends.base import memory_is_short
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
 from wsss_deploy.card import Refinement
-from wsss_deploy.errors import OutOfMemoryError
 from wsss_deploy.pairwise import Form, choose, refine
 from wsss_deploy.pairwise.cuda_form import refine_at
 from wsss_deploy.pairwise.cuda_guide import make_guide_at
@@ -45,6 +44,11 @@ class DeviceRefinement:
         self._place = Place(index, layer.handle(stream), (major, minor))
         self._buffers = Buffers(layer)
         self._obstacles: dict[str, str | None] = {} if obstacles is None else obstacles
+        self._warned = False
+
+    def release(self) -> None:
+        """Give the buffers back."""
+        self._buffers.release()
 
     def __call__(self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]) -> int:
         """Put a refinement into the stream.
@@ -85,10 +89,9 @@ class DeviceRefinement:
         try:
             found = self(settings, images, scores, shape)
         except Exception as error:
-            if not _memory_is_short(error):
+            if not memory_is_short(error):
                 raise
-            self._buffers.release()
-            _log.warning("The GPU has no memory for refining %s scores; the CPU refines them", shape)
+            self._without_memory(error)
             return None
         self._layer.wait(self._stream)
         return found, (time.perf_counter() - start) * 1e3
@@ -107,7 +110,8 @@ class DeviceRefinement:
             difference = self._difference(settings)
         except Exception as error:  # whatever ails it, the CPU's form is there
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            if _memory_is_short(error):  # which may pass
+            if memory_is_short(error):  # which may pass
+                self._without_memory(error)
                 return reason
         else:
             reason = f"its result differs from the CPU's by {difference:.1e} on this device"
@@ -117,6 +121,12 @@ class DeviceRefinement:
         _log.warning("The CPU refines, not the GPU: %s", reason)
         self._obstacles[key] = reason
         return reason
+
+    def _without_memory(self, error: Exception) -> None:
+        self.release()
+        if not self._warned:  # images of one size would say it one by one
+            self._warned = True
+            _log.warning("The GPU has no memory for refining (%s); the CPU refines what does not fit", error)
 
     def _difference(self, settings: Refinement) -> float:
         """Largest difference on a small problem; NaN if it gives one."""
@@ -134,15 +144,6 @@ class DeviceRefinement:
         layer.download(scores, found, self._stream)
         layer.wait(self._stream)
         return float(np.abs(scores - expected).max())
-
-
-def _memory_is_short(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or isinstance(failure("", cuda_reason(error)), OutOfMemoryError)
-
-
-def cuda_reason(error: Exception) -> str:
-    """What CUDA said, its cudaErrorMemoryAllocation and CUDA_ERROR_OUT_OF_MEMORY in words that `failure` knows."""
-    return str(error).replace("MemoryAllocation", "out of memory").replace("OUT_OF_MEMORY", "out of memory")
 
 
 def form_beside(obstacle: str | None) -> Form:

@@ -13,7 +13,7 @@ from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output, failure, refined_here
 from wsss_deploy.backends.bound_session import BoundSession
 from wsss_deploy.backends.device_layer import open_device
-from wsss_deploy.backends.device_refinement import cuda_reason, form_beside
+from wsss_deploy.backends.device_refinement import form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.onnx_check import check_onnx
@@ -100,6 +100,8 @@ class OnnxRuntimeBackend:
                 bound = BoundSession(opened, layer, index, self._classes)
                 self._bound, self._session = bound, bound.session
                 copies = f"bound, page-locked, in one stream with the refinement ({layer.name})"
+                if not bound.binds_all:
+                    copies = "by ONNX Runtime where an output is neither float32 nor uint8, else bound, page-locked"
         except BackendError as error:
             return "; ".join(filter(None, (str(error), copies.partition(": ")[2])))
         self.device, self._copies = f"cuda:{index}", copies
@@ -128,6 +130,11 @@ class OnnxRuntimeBackend:
                 f"{path}: found inputs {inputs} and outputs {outputs}, expected input 'image' (uint8) and output "
                 "'scores'; export it with wsss-export"
             )
+        shape = next(item.shape for item in self._session.get_outputs() if item.name == "scores")
+        if len(shape) == 4 and isinstance(shape[1], int) and shape[1] != self._classes:
+            raise ArtifactError(
+                f"{path}: its graph gives {shape[1]} classes, its card names {self._classes}; export it again"
+            )
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; the refiner works where the runtime's output is, if it can."""
@@ -143,17 +150,18 @@ class OnnxRuntimeBackend:
     ) -> tuple[npt.NDArray[Any], float]:
         """One output, and the milliseconds that refining took."""
         try:
-            if self._bound is not None:
-                return self._bound.run(name, images, refiner)
-            result = self._session.run([name], {"image": images})[0]
+            if self._bound is None:
+                result, spent = self._session.run([name], {"image": images})[0], None
+            else:
+                result, spent = self._bound.run(name, images, refiner)
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
             raise failure(
                 f"ONNX Runtime failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device",
-                cuda_reason(error),
+                error,
             ) from error
-        return refined_here(result, images, refiner)
+        return refined_here(result, images, refiner) if spent is None else (result, spent)
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""

@@ -99,7 +99,7 @@ class OpenVinoBackend:
             raise failure(
                 f"OpenVINO failed with images of {shape} ({str(error).strip().rpartition(chr(10))[2]}); use smaller "
                 "batches or a smaller sizing",
-                str(error),
+                error,
             ) from error
         finally:
             self._idle.append(request)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import Output, failure, refined_here
+from wsss_deploy.backends.base import Output, failure, memory_is_short, refined_here
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer, capture_graph, open_device
-from wsss_deploy.backends.device_refinement import DeviceRefinement, cuda_reason, form_beside
+from wsss_deploy.backends.device_refinement import DeviceRefinement, form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError
@@ -86,6 +86,8 @@ class TensorRTBackend:
         try:
             with self._layer.active():
                 return form_beside(slot.obstacle(settings))
+        except BackendError as error:  # of a device that does not work any more
+            return form_beside(str(error))
         finally:
             self._free.put(slot)
 
@@ -104,17 +106,22 @@ class TensorRTBackend:
         slot = self._free.get()
         try:
             with self._layer.active():
-                starts = range(0, len(images), most)
-                parts = [slot.run(images[start : start + most], output, refiner) for start in starts]
+                batches = [images[start : start + most] for start in range(0, len(images), most)]
+                parts = [slot.run(batch, output, refiner) for batch in batches]
         except (BackendError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
-            raise failure(message, cuda_reason(error)) from error
+            raise failure(message, error) from error
         finally:
             self._free.put(slot)
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([found for found, _ in parts]), sum(spent for _, spent in parts)
+        # Neither the slot nor the device is held while the CPU refines.
+        done = [
+            refined_here(found, batch, refiner) if spent is None else (found, spent)
+            for (found, spent), batch in zip(parts, batches, strict=True)
+        ]
+        if len(done) == 1:
+            return done[0]
+        return np.concatenate([found for found, _ in done]), sum(spent for _, spent in done)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""
@@ -152,6 +159,10 @@ class _Slot:
         self._calls = 0
         self._graph: Callable[[], None] | None = None
 
+    def __del__(self) -> None:
+        # Before the stream and the buffers that they use.
+        self._graph = self._context = None
+
     def obstacle(self, settings: Refinement) -> str | None:
         """Why the scores cannot be refined on the device; None if they can."""
         if self._types["scores"] != np.float32:
@@ -160,8 +171,21 @@ class _Slot:
 
     def run(
         self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None
-    ) -> tuple[npt.NDArray[Any], float]:
-        """Upload, network, refinement, download of one output; and the milliseconds that refining took."""
+    ) -> tuple[npt.NDArray[Any], float | None]:
+        """Upload, network, refinement, download of one output; and the milliseconds of refining, None if not done."""
+        try:
+            return self._run(images, output, refiner)
+        except Exception as error:
+            if memory_is_short(error):
+                # What is held for images of this size would stand in the way of smaller batches.
+                self._shape, self._graph = (), None
+                self._buffers.release()
+                self._refinement.release()
+            raise
+
+    def _run(
+        self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None
+    ) -> tuple[npt.NDArray[Any], float | None]:
         there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
         if images.shape != self._shape:
             self._prepare(images.shape)
@@ -175,8 +199,7 @@ class _Slot:
         refined = None if there is None else self._refinement.timed(there.settings, image, found, shape)
         self._layer.download(result, found if refined is None else refined[0], self._stream)
         self._layer.wait(self._stream)
-        copy = result.copy()  # the buffer is the next call's
-        return refined_here(copy, images, refiner) if refined is None else (copy, refined[1])
+        return result.copy(), None if refined is None else refined[1]  # the buffer is the next call's
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
         self._shape, self._graph, self._calls = (), None, 0

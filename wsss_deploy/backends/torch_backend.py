@@ -75,7 +75,7 @@ class TorchBackend:
             raise failure(
                 f"torch failed on {self.device} with images of {shape} ({str(error).partition(chr(10))[0]}); "
                 "use smaller batches, a smaller sizing or another device",
-                str(error),
+                error,
             ) from error
 
     def _wait(self) -> None:

@@ -96,7 +96,7 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
     try:
         version = ".".join(map(str, _all_checked(nvrtc.nvrtcVersion())))
-    except RuntimeError as error:
+    except (RuntimeError, BackendError) as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
     machine = architecture.startswith("sm_")
     known = ptx_cache.key(text, *options, version, "cubin" if machine else "ptx")
@@ -130,7 +130,7 @@ def _checked(answer: tuple[Any, Any]) -> Any:
 def _all_checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
     status, *values = answer
     if getattr(status, "name", "") != "NVRTC_SUCCESS":
-        raise RuntimeError(str(status))
+        raise BackendError(f"NVRTC fails ({status})")
     return tuple(values)
 
 
