@@ -114,13 +114,11 @@ extern "C" void run_energy_features(unsigned blocks, unsigned threads, P l, P r,
 load_library = ctypes.CDLL  # tests of TensorRT put a stand-in into its place
 
 
-class Driver:
-    """Answers as cuda.bindings.driver does; contexts nest, kernels are functions of a shared library."""
+class Contexts:
+    """What of cuda.bindings.driver makes a context current; contexts nest."""
 
-    def __init__(self, folder):
-        self.folder, self.names = folder, itertools.count()
-        self.launches, self.refuse = [], None
-        self.local, self.lock = threading.local(), threading.Lock()
+    def __init__(self):
+        self.local = threading.local()
 
     @property
     def contexts(self):
@@ -142,6 +140,15 @@ class Driver:
 
     def cuCtxPopCurrent(self):
         return 0, self.contexts.pop()
+
+
+class Driver(Contexts):
+    """Kernels are functions of a shared library."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.names = folder, itertools.count()
+        self.launches, self.refuse, self.lock = [], None, threading.Lock()
 
     def cuModuleLoadData(self, image):
         assert self.contexts, "a module is loaded into the current context"
@@ -166,6 +173,12 @@ class Driver:
             function(gx, bx, *values)
             self.launches.append((function.__name__, gx, bx, stream))
         return (0,)
+
+
+@pytest.fixture
+def contexts():
+    """A stand-in for the part of the driver that makes contexts current."""
+    return Contexts()
 
 
 @pytest.fixture

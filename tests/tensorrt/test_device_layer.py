@@ -82,37 +82,12 @@ class FakeRuntime(types.ModuleType):
         return (0,)
 
 
-class FakeDriver(types.ModuleType):
-    """What of cuda.bindings.driver makes a context current."""
-
-    def __init__(self):
-        super().__init__("cuda.bindings.driver")
-        self.contexts = []
-
-    def cuInit(self, flags):
-        return (0,)
-
-    def cuDeviceGet(self, index):
-        return 0, index
-
-    def cuDevicePrimaryCtxRetain(self, device):
-        return 0, f"context {device}"
-
-    def cuCtxPushCurrent(self, context):
-        self.contexts.append(context)
-        return (0,)
-
-    def cuCtxPopCurrent(self):
-        return 0, self.contexts.pop()
-
-
 @pytest.fixture
-def runtime(monkeypatch):
+def runtime(monkeypatch, contexts):
     fake = FakeRuntime()
     package = types.ModuleType("cuda.bindings")
-    package.runtime, package.driver = fake, FakeDriver()
-    fake.driver = package.driver
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", package.driver)
+    package.runtime, package.driver = fake, contexts
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", contexts)
     monkeypatch.setitem(sys.modules, "cuda.bindings", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
     monkeypatch.setitem(sys.modules, "pycuda", None)
@@ -120,11 +95,11 @@ def runtime(monkeypatch):
     return fake
 
 
-def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime):
+def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime, contexts):
     layer = open_device(1)
     assert (layer.name, layer.gpu, layer.compute_capability) == ("cuda-bindings", "Fake", "9.0")
     with layer.active():
-        assert runtime.driver.contexts == ["context 1"]
+        assert contexts.contexts == ["context 1"]
         stream = layer.stream()
         values = layer.host_buffer((2, 3), np.float32)
         values[...] = np.arange(6).reshape(2, 3)
@@ -134,7 +109,7 @@ def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime):
         layer.download(back, buffer, stream)
         layer.wait(stream)
         np.testing.assert_array_equal(back, values)
-    assert runtime.driver.contexts == []
+    assert contexts.contexts == []
     del values, back, buffer, stream
     assert runtime.memory == {}, "everything is freed with its object"
     assert runtime.calls[-1] == "stream destroyed"

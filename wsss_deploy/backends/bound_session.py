@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import memory_is_short
-from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
-from wsss_deploy.backends.device_refinement import DeviceRefinement
+from wsss_deploy.backends.device_lane import DeviceLane
+from wsss_deploy.backends.device_layer import DeviceLayer
 from wsss_deploy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ class BoundSession:
     ) -> None:
         self._layer, self._classes, self._device = layer, classes, (device_type, index)
         self._lock = threading.Lock()
-        self._buffers = Buffers(layer)
         with layer.active():
-            self._stream = layer.stream()
-            self._refinement = DeviceRefinement(layer, index, self._stream)
-            self.session: Any = open_session(layer.handle(self._stream))
+            self._lane = DeviceLane(layer, index)
+            self.session: Any = open_session(self._lane.handle)
         outputs = self.session.get_outputs()
         self._types = {item.name: np.dtype(_TYPES[item.type]) for item in outputs if item.type in _TYPES}
 
@@ -72,7 +69,7 @@ class BoundSession:
             return "the model's scores are not float32"
         try:
             with self._lock, self._layer.active():
-                return self._refinement.obstacle(settings)
+                return self._lane.refinement.obstacle(settings)
         except BackendError as error:  # of a device that does not work any more
             return str(error)
 
@@ -93,34 +90,19 @@ class BoundSession:
         with self._lock, self._layer.active():
             if output not in self._types:  # of a type that is not bound
                 return self.session.run([output], {"image": images})[0], None
-            try:
-                return self._run(output, images, there)
-            except Exception as error:
-                if memory_is_short(error):
-                    # What is held for images of this size would stand in the way of smaller batches.
-                    self._buffers.release()
-                    self._refinement.release()
-                raise
+            count, height, width, _ = images.shape
+            shape = (count, height, width) if output == "mask" else (count, self._classes, height, width)
 
-    def _run(
-        self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None
-    ) -> tuple[npt.NDArray[Any], float | None]:
-        """One output, and the milliseconds that refining took; None if it was not refined."""
-        count, height, width, _ = images.shape
-        shape = (count, height, width) if output == "mask" else (count, self._classes, height, width)
-        staged = self._buffers.host("image", images.shape, np.uint8)
-        result = self._buffers.host(output, shape, self._types[output])
-        image = self._buffers.device("image", staged.nbytes)
-        found = self._buffers.device(output, result.nbytes)
-        staged[...] = images
-        self._layer.upload(image, staged, self._stream)
-        binding = self.session.io_binding()
-        binding.bind_input("image", *self._device, np.uint8, images.shape, image)
-        binding.bind_output(output, *self._device, self._types[output], shape, found)
-        # Without its wait at the end, which it can be told to leave out, ONNX Runtime would keep what it has staged in
-        # page-locked memory until the session ends.
-        self.session.run_with_iobinding(binding)
-        refined = None if refiner is None else self._refinement.timed(refiner.settings, image, found, shape)
-        self._layer.download(result, found if refined is None else refined[0], self._stream)
-        self._layer.wait(self._stream)
-        return result.copy(), None if refined is None else refined[1]  # the buffer is the next call's
+            def launch(image: int, found: int) -> None:
+                binding = self.session.io_binding()
+                binding.bind_input("image", *self._device, np.uint8, images.shape, image)
+                binding.bind_output(output, *self._device, self._types[output], shape, found)
+                # Without its wait at the end, which it can be told to leave out, ONNX Runtime would keep what it has
+                # staged in page-locked memory until the session ends.
+                self.session.run_with_iobinding(binding)
+
+            try:
+                return self._lane.run(images, output, shape, self._types[output], launch, there)
+            except Exception as error:
+                self._lane.failed(error)
+                raise

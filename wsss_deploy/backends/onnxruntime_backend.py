@@ -66,7 +66,7 @@ class OnnxRuntimeBackend:
                 )
             self._reason = f"CUDA does not work: {reason}"
         self.device = "cpu"
-        self._session = self._open(path, [_CPU])
+        self._plain = self._open(path, [_CPU])
         self._check_contract(path)
 
     def _open_cuda(self, path: Path, device: str) -> str | None:
@@ -95,10 +95,10 @@ class OnnxRuntimeBackend:
                 layer = open_device(index)
             except BackendError as error:
                 copies = f"by ONNX Runtime, from and to pageable memory: {error}"
-                self._session = opened()
+                self._plain = opened()
             else:
                 bound = BoundSession(opened, layer, index, self._classes)
-                self._bound, self._session = bound, bound.session
+                self._bound = bound
                 copies = f"bound, page-locked, in one stream with the refinement ({layer.name})"
                 if not bound.binds_all:
                     copies = "by ONNX Runtime where an output is neither float32 nor uint8, else bound, page-locked"
@@ -107,9 +107,10 @@ class OnnxRuntimeBackend:
         self.device, self._copies = f"cuda:{index}", copies
         return None
 
-    def __del__(self) -> None:
-        # Of a bound session this is a second hold, and the session has to go before its stream.
-        self._session = None
+    @property
+    def _session(self) -> Any:
+        """Of a bound session there is no second hold: it has to go before its stream."""
+        return self._plain if self._bound is None else self._bound.session
 
     def _open(self, path: Path, providers: list[Any]) -> Any:
         options = onnxruntime.SessionOptions()

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import Output, failure, memory_is_short, refined_here
-from wsss_deploy.backends.device_layer import Buffers, DeviceLayer, capture_graph, open_device
-from wsss_deploy.backends.device_refinement import DeviceRefinement, form_beside
+from wsss_deploy.backends.base import Output, failure, refined_here
+from wsss_deploy.backends.device_lane import DeviceLane
+from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
+from wsss_deploy.backends.device_refinement import form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.engine_manifest import read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError
@@ -142,20 +143,16 @@ class _Slot:
     """One execution context with its stream and buffers; used by one thread at a time."""
 
     def __init__(self, trt: Any, engine: Any, layer: DeviceLayer, index: int, obstacles: dict[str, str | None]) -> None:
-        self._trt, self._layer = trt, layer
         self._context = engine.create_execution_context()
         if self._context is None:
             raise BackendError("TensorRT cannot create an execution context: out of memory")
-        self._stream = layer.stream()
-        self._handle = layer.handle(self._stream)
-        self._refinement = DeviceRefinement(layer, index, self._stream, obstacles)
+        self._lane = DeviceLane(layer, index, obstacles)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         if {"image", "scores", "mask"} != set(names):
             raise ArtifactError(f"the engine has the tensors {', '.join(names)}, expected image, scores and mask")
-        self._context.set_optimization_profile_async(0, self._handle)
+        self._context.set_optimization_profile_async(0, self._lane.handle)
         self._shape: tuple[int, ...] = ()
-        self._buffers, self._addresses = Buffers(layer), dict[str, int]()
         self._calls = 0
         self._graph: Callable[[], None] | None = None
 
@@ -167,39 +164,23 @@ class _Slot:
         """Why the scores cannot be refined on the device; None if they can."""
         if self._types["scores"] != np.float32:
             return f"the engine's scores are {self._types['scores']}"
-        return self._refinement.obstacle(settings)
+        return self._lane.refinement.obstacle(settings)
 
     def run(
         self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None
     ) -> tuple[npt.NDArray[Any], float | None]:
         """Upload, network, refinement, download of one output; and the milliseconds of refining, None if not done."""
         try:
-            return self._run(images, output, refiner)
+            there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
+            if images.shape != self._shape:
+                self._prepare(images.shape)
+            shape = tuple(self._context.get_tensor_shape(output))
+            # The context has the addresses already: these buffers are the lane's.
+            return self._lane.run(images, output, shape, self._types[output], lambda *_: self._launch(), there)
         except Exception as error:
-            if memory_is_short(error):
-                # What is held for images of this size would stand in the way of smaller batches.
-                self._shape, self._graph = (), None
-                self._buffers.release()
-                self._refinement.release()
+            self._shape, self._graph = (), None
+            self._lane.failed(error)
             raise
-
-    def _run(
-        self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None
-    ) -> tuple[npt.NDArray[Any], float | None]:
-        there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
-        if images.shape != self._shape:
-            self._prepare(images.shape)
-        staged = self._buffers.host("image", images.shape, np.uint8)
-        shape = tuple(self._context.get_tensor_shape(output))
-        result = self._buffers.host(output, shape, self._types[output])
-        staged[...] = images
-        self._layer.upload(self._addresses["image"], staged, self._stream)
-        self._launch()
-        image, found = self._addresses["image"], self._addresses[output]
-        refined = None if there is None else self._refinement.timed(there.settings, image, found, shape)
-        self._layer.download(result, found if refined is None else refined[0], self._stream)
-        self._layer.wait(self._stream)
-        return result.copy(), None if refined is None else refined[1]  # the buffer is the next call's
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
         self._shape, self._graph, self._calls = (), None, 0
@@ -207,8 +188,7 @@ class _Slot:
             raise BackendError(f"TensorRT refuses images of {shape}")
         for name, kind in self._types.items():
             count = int(np.prod(self._context.get_tensor_shape(name))) * kind.itemsize
-            self._addresses[name] = self._buffers.device(name, count)
-            self._context.set_tensor_address(name, self._addresses[name])
+            self._context.set_tensor_address(name, self._lane.buffers.device(name, count))
         self._shape = shape
 
     def _launch(self) -> None:
@@ -217,7 +197,7 @@ class _Slot:
             return
         if self._calls == _WARM:
             try:
-                self._graph = capture_graph(self._handle, self._enqueue)
+                self._graph = capture_graph(self._lane.handle, self._enqueue)
                 self._graph()
                 return
             except BackendError as error:
@@ -226,7 +206,7 @@ class _Slot:
         self._enqueue()
 
     def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._handle):
+        if not self._context.execute_async_v3(self._lane.handle):
             raise BackendError("TensorRT could not run the engine")
 
 
