@@ -129,7 +129,7 @@ def test_onnx_runtime_needs_no_torch_and_copies_no_scores(color_onnx):
         "        return out\n"
         "    def __getattr__(self, name):\n"
         "        return getattr(session, name)\n"
-        "model._backend._session = spy = Spy()\n"
+        "model._backend._plain = spy = Spy()\n"
         "model.predict(np.zeros((20, 30, 3), np.uint8))\n"
         "form = model.describe()['refinement']['form']\n"
         "assert form == 'numpy' or taken == [spy.given], (form, taken, spy.given)\n"
