@@ -65,6 +65,19 @@ def test_labelled_classes_are_those_of_the_whole_image(folder_set, labels_writer
         assert dataset[1, 0]["labelled"].all()
 
 
+def test_the_background_may_be_anywhere(folder_set, labels_writer):
+    """Who labels objects alone says nothing of the background; a data set without one says so of its class 0."""
+    layer = np.full((48, 64), 255)
+    labels_writer(folder_set / "points" / "a.png", layer)
+    assert not any(training_set(folder_set, ("points",))[0, 0]["labelled"])
+    layer[40, 60] = 2
+    labels_writer(folder_set / "points" / "a.png", layer)
+    assert training_set(folder_set, ("points",))[0, 0]["labelled"].tolist() == [True, False, True]
+    names = (folder_set / "classes.txt").read_text().split()
+    (folder_set / "classes.txt").write_text("\n".join(["sky", *names[1:]]))
+    assert training_set(folder_set, ("points",))[0, 0]["labelled"].tolist() == [False, False, True]
+
+
 def test_auto_takes_the_densest_and_explicit_kinds_are_merged(folder_set):
     (folder_set / "masks" / "a.png").unlink()
     source = open_dataset(folder_set)

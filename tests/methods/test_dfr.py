@@ -51,6 +51,7 @@ def batch(labelled=0.1):
 VARIANTS = [
     {},
     {"kernel": "product"},
+    {"kernel": "product", "deep_weight": 0},
     {"shallow_weight": 0},
     {"deep_weight": 0},
     {"head_weight": 0},
@@ -151,17 +152,13 @@ def test_the_dense_kernel_is_the_window_that_covers_the_map(gate):
     dense.load_state_dict(windowed.state_dict())
     data = batch()
     first, second = (method(network, data, 0.5)["dfr"] for method in (windowed, dense))
-    # Z is the source mask's sum with the window's validity gate, that of the receivers elsewhere.
-    if gate == "valid":
-        second = second * 16 / 12
     torch.testing.assert_close(first, second, rtol=1e-4, atol=0)
     gradients = [
         torch.autograd.grad(method(network, data, 0.5)["dfr"], list(network.decoder.parameters()), allow_unused=True)
         for method in (windowed, dense)
     ]
     for one, two in zip(*gradients, strict=True):
-        factor = 16 / 12 if gate == "valid" else 1
-        torch.testing.assert_close(one, two * factor, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-7)
 
 
 def test_stop_gradients():
@@ -211,6 +208,9 @@ def test_nothing_labelled_gives_no_nan():
         ({"smooth_weight": 1, "head_weight": 0}, "leaves out"),
         ({"shallow_weight": 0, "deep_weight": 0}, "set weight: 0"),
         ({"kernel": "mean"}, "'sum' or 'product'"),
+        ({"kernel": "product", "deep_weight": 0.25}, "found shallow_weight 1 and deep_weight 0.25"),
+        ({"kernel": "product", "shallow_weight": 0}, "found shallow_weight 0 and deep_weight 1"),
+        ({"dense": 16, "kernel_gradient": True}, "takes its kernel for a constant"),
         ({"threshold": 1.5}, "less than or equal to 1"),
     ],
 )

@@ -100,7 +100,8 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
     An item holds "image" uint8 (3, S, S); "labels" int64 (S, S), 255 = unlabelled; "valid" bool (S, S), True inside
     the image; "tags" float32 (K,), 1 and 0 where tags say so, NaN where nothing is known (an image without tags; the
-    background, which tags leave out); "labelled" bool (K,), the classes of which the whole image holds a label.
+    background, which tags leave out); "labelled" bool (K,), the classes of which the whole image holds a label, and
+    the background where it holds any: as with tags, it may be anywhere.
 
     Where an image has several of the kinds, masks are laid first, then scribbles where there is no label yet, then
     points. A crop without any label is drawn again a few times, since it would teach nothing.
@@ -250,6 +251,8 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         for layer in labels.values():
             labelled[layer] = True
         labelled = labelled[: len(self.source.classes)]
+        if has_background(self.source.classes):
+            labelled[0] |= labelled.any()
         if max(source) <= largest:
             return _Item(image, labels, labelled)
         # A square window that holds the whole scaled image; what lies outside is cut off again.

@@ -15,7 +15,7 @@ def dense_pair_energy(
     source: Tensor,
     destination: Tensor,
 ) -> Tensor:
-    r"""Sum over all ordered pairs i != j of d_i s_j K_ij (1 - <p_i, p_j>), over sum(d); not windowed.
+    r"""Sum over all ordered pairs i != j of d_i s_j K_ij (1 - <p_i, p_j>); neither windowed nor divided by anything.
 
     The kernel and the masks are constants. Each image's K takes (H W)^2 values while it is worked on.
 
@@ -49,4 +49,4 @@ def dense_pair_energy(
                 affinity = (d[:, None] * affinity * s + s[:, None] * affinity * d) / 2
             flat = p[index].flatten(1)
             total = total + affinity.sum() - (flat * (flat @ affinity)).sum()
-        return total / destination.sum().clamp(min=1).to(p)
+        return total

@@ -28,7 +28,8 @@ class Batch:
         labels: int64 (N, S, S); 255 is unlabelled.
         valid: bool (N, S, S); True inside the image, False in the padding of a crop.
         tags: float32 (N, K), 1 where the class is in the image, 0 where not, NaN where unknown.
-        labelled: bool (N, K), the classes of which the whole image, not only the crop, holds a label.
+        labelled: bool (N, K), the classes of which the whole image, not only the crop, holds a label; the background,
+            where the data set has one, with any label.
     """
 
     image: Tensor

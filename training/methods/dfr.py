@@ -150,9 +150,10 @@ class DFR(SparseMethod):
                 Kernel(k.weight, {n: s * small[0] / size[0] if n == "xy" else s for n, s in k.sigmas.items()})
                 for k in kernels
             )
-            return dense_pair_energy(
-                resize(probabilities, small), shrunk, modalities, sources, resize(receivers, small)
-            )
+            receivers = resize(receivers, small)
+            total = dense_pair_energy(resize(probabilities, small), shrunk, modalities, sources, receivers)
+            # As in the window, 1 / sum(v) (dfr.md 3.4).
+            return total / (sources if settings.gate == "valid" else receivers).sum().clamp(min=1)
         if settings.gate == "valid":
             loss: Tensor = gated_crf_loss(
                 probabilities,

@@ -67,6 +67,7 @@ class SpreadSettings(_Strict):
 class AbsentSettings(_Strict):
     """A class without any label in an image is taken to be absent from it; see `training.losses.absent_classes_loss`.
 
+    The background may be anywhere.
     Right where annotators label every class that they see in an image at least once, as with a point an object.
 
     Attributes:
@@ -159,13 +160,14 @@ class DFRSettings(SparseSettings):
         stride: Image pixels per pixel of that map.
         kernel: "sum" adds the kernels of colour and of deep features, so that features can link what colour does
             not; "product" multiplies them, so that features can only cut links.
-        shallow_weight: Factor of the colour kernel; 0 leaves it out ("sum").
-        deep_weight: Factor of the deep kernel; 0 leaves it out ("sum"; the product then is the colour kernel).
+        shallow_weight: Factor of the colour kernel; 0 leaves it out. The product has no factors of its own but
+            `weight`: there it is 1.
+        deep_weight: Factor of the deep kernel; 0 leaves it out (the product then is the colour kernel, else this is 1).
         xy: Spatial width of both, in pixels of the map.
         rgb: Colour width, as in `KernelSettings`.
         feature: Width of the deep features, which have unit length.
-        kernel_gradient: Let the regularised loss move the deep features through its kernel. Unsafe: it pushes
-            disagreeing pairs apart.
+        kernel_gradient: Let the regularised loss move the deep features through its kernel; not with `dense`.
+            Unsafe: it pushes disagreeing pairs apart.
         dense: In place of the window, all pairs of a map whose longer side is at most this; 0 is off. The sum over
             many more pairs asks for a smaller weight.
         gate: Which pixels receive: "valid" all, "confidence" each with 1 - max P.
@@ -215,6 +217,13 @@ class DFRSettings(SparseSettings):
             raise ValueError("smooth_weight acts on the head, which head_weight: 0 leaves out")
         if self.weight and self.kernel == "sum" and not (self.shallow_weight or self.deep_weight):
             raise ValueError("shallow_weight and deep_weight are both 0; set weight: 0 to leave the loss out")
+        if self.kernel == "product" and (self.shallow_weight != 1 or self.deep_weight not in (0, 1)):
+            raise ValueError(
+                f"kernel: product has one exponent and one factor, `weight`; found shallow_weight {self.shallow_weight:g} "
+                f"and deep_weight {self.deep_weight:g}, expected 1 and 1 (or 0, without deep features)"
+            )
+        if self.dense and self.kernel_gradient:
+            raise ValueError("dense takes its kernel for a constant; set kernel_gradient: false or dense: 0")
         return self
 
 
