@@ -30,6 +30,17 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors gain nothing from more, and other tests may run beside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_card():
     from wsss_deploy.card import Architecture, ModelCard, default_palette

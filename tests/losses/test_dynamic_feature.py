@@ -17,13 +17,7 @@ from training.losses import (
 )
 from wsss_deploy.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def example(size=(5, 6), channels=3, seed=0):

@@ -24,12 +24,8 @@ FAMILIES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and other tests may run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test of this folder."""
 
 
 @pytest.fixture(params=FAMILIES)

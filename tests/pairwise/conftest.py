@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from wsss_deploy.pairwise import (
     GaussianTerm,
@@ -76,9 +75,5 @@ def scene():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors here are tiny; torch's threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test of this folder."""

@@ -116,15 +116,7 @@ def test_the_card_says_the_networks_size(color_network, color_card, monkeypatch)
     assert seen == [(16, 64), (48, 64), (64, 32)]
 
 
-@pytest.fixture
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_many_threads_get_the_same_masks(tiny_model):
     model = Segmenter(tiny_model, device="cpu")
     images = [RNG.integers(0, 256, (32 + 16 * (i % 3), 48, 3), dtype=np.uint8) for i in range(8)]

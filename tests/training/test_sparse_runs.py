@@ -22,13 +22,7 @@ from wsss_deploy.errors import RecipeError
 
 DFR = {"name": "dfr", "head_width": 8, "auxiliary_weight": 0.4, "deep_start": 0.3, "threshold": 0.5}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(data, out, values, resume=False):

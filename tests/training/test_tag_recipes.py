@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from training.data.dataset import open_dataset
@@ -17,13 +16,7 @@ from wsss_deploy.networks import encoder_preprocessing
 
 NAMES = ("tscd_voc", "tscd_coco", "sfc_voc")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.cam.labels import LabelRule, presence, refined_labels
-from training.data.dataset import Color, DataSource
+from training.data.dataset import Color, DataSource, WrappedSource
 from wsss_deploy.card import Preprocessing, palette_bytes
 from wsss_deploy.errors import DataError
 from wsss_deploy.files import atomic_write
@@ -73,7 +73,7 @@ def write_label(path: Path, labels: NDArray[np.uint8], palette: Sequence[Color])
         picture.save(file, format="PNG", optimize=False)
 
 
-class PseudoLabelSource:
+class PseudoLabelSource(WrappedSource):
     """`source`, where the images of one folder of label maps have these as their masks, and no image has others.
 
     Args:
@@ -82,27 +82,8 @@ class PseudoLabelSource:
     """
 
     def __init__(self, source: DataSource, folder: Path) -> None:
-        self._source, self._folder = source, folder
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        return self._source.name
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names."""
-        return self._source.classes
-
-    @property
-    def palette(self) -> tuple[Color, ...]:
-        """One colour per class."""
-        return self._source.palette
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Image names by split."""
-        return self._source.splits
+        super().__init__(source)
+        self._folder = folder
 
     def path(self, name: str) -> Path:
         """Where an image's labels are, or would be."""
@@ -112,14 +93,6 @@ class PseudoLabelSource:
         """Masks where there are pseudo-labels, tags where the data set has them; nothing else."""
         own = self._source.kinds(name) & {"tags"}
         return own | {"masks"} if self.path(name).is_file() else own
-
-    def image_path(self, name: str) -> Path:
-        """The image's file."""
-        return self._source.image_path(name)
-
-    def load_image(self, name: str) -> NDArray[np.uint8]:
-        """The image, uint8 (H, W, 3)."""
-        return self._source.load_image(name)
 
     def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
         """The pseudo-labels.
@@ -135,7 +108,3 @@ class PseudoLabelSource:
                 return np.asarray(picture, dtype=np.uint8)
         except OSError as error:
             raise DataError(f"{path.name}: the pseudo-label cannot be read; delete it and --resume") from error
-
-    def tags(self, name: str) -> tuple[int, ...] | None:
-        """Class ids of the image's tags."""
-        return self._source.tags(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,57 @@ class DataSource(Protocol):
     def tags(self, name: str) -> tuple[int, ...] | None:
         """Ids of the classes that are in the image (background left out), or None where nobody said."""
         ...
+
+
+class WrappedSource(ABC):
+    """A data set like another one in all but its labels.
+
+    Args:
+        source: The other one.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self._source = source
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self._source.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        return self._source.classes
+
+    @property
+    def palette(self) -> tuple[Color, ...]:
+        """One colour per class."""
+        return self._source.palette
+
+    @property
+    def splits(self) -> Mapping[str, tuple[str, ...]]:
+        """Image names by split."""
+        return self._source.splits
+
+    @abstractmethod
+    def kinds(self, name: str) -> frozenset[str]:
+        """See `DataSource.kinds`."""
+
+    def image_path(self, name: str) -> Path:
+        """The image's file."""
+        return self._source.image_path(name)
+
+    def load_image(self, name: str) -> NDArray[np.uint8]:
+        """The image, RGB uint8 (H, W, 3)."""
+        return self._source.load_image(name)
+
+    @abstractmethod
+    def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
+        """See `DataSource.load_labels`."""
+
+    def tags(self, name: str) -> tuple[int, ...] | None:
+        """Class ids of the image's tags."""
+        return self._source.tags(name)
 
 
 class CheckedSource(DataSource, Protocol):

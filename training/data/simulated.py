@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import KINDS, Color, DataSource, has_background
+from training.data.dataset import KINDS, DataSource, WrappedSource, has_background
 from training.data.weak import simulate_points, simulate_scribbles, simulate_tags
 from wsss_deploy.errors import UsageError
 
 
-class SimulatedSource:
+class SimulatedSource(WrappedSource):
     """`source`, where every image with a mask and without labels of `kind` gets simulated ones.
 
     The labels of an image depend on the seed, its name and its mask only. Nothing is written to disk; what was
@@ -34,42 +32,15 @@ class SimulatedSource:
     def __init__(self, source: DataSource, kind: str, seed: int, length: float = 1.0, width: int = 3) -> None:
         if kind not in KINDS or kind == "masks":
             raise UsageError(f"cannot simulate {kind}; expected scribbles, points or tags")
-        self._source, self._kind, self._seed = source, kind, seed
+        super().__init__(source)
+        self._kind, self._seed = kind, seed
         self._length, self._width = length, width
         self._made: dict[str, tuple[bytes, tuple[int, int]]] = {}
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        return self._source.name
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names."""
-        return self._source.classes
-
-    @property
-    def palette(self) -> tuple[Color, ...]:
-        """One colour per class."""
-        return self._source.palette
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Image names by split."""
-        return self._source.splits
 
     def kinds(self, name: str) -> frozenset[str]:
         """Real kinds, and the simulated one where there is a mask."""
         kinds = self._source.kinds(name)
         return kinds | {self._kind} if "masks" in kinds else kinds
-
-    def image_path(self, name: str) -> Path:
-        """The image's file."""
-        return self._source.image_path(name)
-
-    def load_image(self, name: str) -> NDArray[np.uint8]:
-        """RGB uint8 (H, W, 3)."""
-        return self._source.load_image(name)
 
     def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
         """Labels uint8 (H, W): real ones where they are, else simulated."""

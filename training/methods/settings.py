@@ -219,8 +219,8 @@ class DFRSettings(SparseSettings):
             raise ValueError("shallow_weight and deep_weight are both 0; set weight: 0 to leave the loss out")
         if self.kernel == "product" and (self.shallow_weight != 1 or self.deep_weight not in (0, 1)):
             raise ValueError(
-                f"kernel: product has one factor, `weight`; found shallow_weight {self.shallow_weight:g} and deep_weight "
-                f"{self.deep_weight:g}, expected 1 and 1 (or 0, without deep features)"
+                f"kernel: product has one factor, `weight`; found shallow_weight {self.shallow_weight:g} and "
+                f"deep_weight {self.deep_weight:g}, expected 1 and 1 (or 0, without deep features)"
             )
         if self.dense and self.kernel_gradient:
             raise ValueError("dense takes its kernel for a constant; set kernel_gradient: false or dense: 0")
