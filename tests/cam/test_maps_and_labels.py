@@ -7,7 +7,7 @@ from training.cam import labels
 from training.cam.correction import corrected_labels
 from training.cam.labels import LabelRule, band_labels, plain_labels, present_cams, refined_labels, sure_labels
 from training.cam.maps import multi_scale_cams, normalise_cams, pool_scores
-from training.cam.propagation import propagated_cams, refined_in_box
+from training.cam.propagation import propagated_cams, propagated_labels, refined_in_box
 from training.losses.attention_affinity import affinity_labels, affinity_loss
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import PairwiseParameters
@@ -127,6 +127,61 @@ def test_propagation_keeps_absent_classes_out_and_empty_boxes_empty():
     assert spread.isfinite().all()
     boxes = torch.tensor([[4, 4, 0, 8]])
     assert (refined_in_box(torch.rand(1, 3, 8, 8), spread, tags, boxes, LabelRule(refiner=SMALL)) == 0).all()
+
+
+def test_labels_spread_along_the_affinity():
+    """The CAM knows one cell of an object of two by four; affinity holds the object together."""
+    cams, tags = torch.zeros(1, 2, 32, 32), torch.tensor([[1.0, 0.0]])
+    cams[0, 0, 8:12, 8:12] = 1.0
+    cams[0, 1] = 1.0  # of a class that is absent
+    owned = torch.zeros(8, 8)
+    owned[2:4, 2:6] = 1
+    same = owned.flatten()[:, None] == owned.flatten()
+    # Strong links inside the object; a background cell is linked with itself.
+    affinity = torch.where(same & (owned.flatten() == 1), 1.0, torch.eye(64))[None]
+    valid = torch.ones(1, 32, 32, dtype=torch.bool)
+    valid[:, :, 28:] = False
+    rule = LabelRule(high=0.2, low=0.2, refiner=None)
+    image = torch.rand(1, 3, 32, 32)
+    alone = propagated_labels(image, cams, tags, valid, torch.eye(64)[None], 8, rule)
+    spread = propagated_labels(image, cams, tags, valid, affinity, 8, rule)
+    assert alone[0, 9:11, 9:11].eq(1).all()
+    assert (alone[0, 9:15, 14:23] == 0).all()
+    # The eight cells share what one of them had: the mean of their softmaxed scores.
+    own = torch.tensor([0.2, 1.0]).softmax(0) + 7 * torch.tensor([0.2, 0.0]).softmax(0)
+    assert own[0] > own[1], "with seven silent cells of eight the background still wins"
+    assert (spread[0, 8:16, 8:24] == 0).all()
+    lower = LabelRule(high=-0.3, low=-0.3, refiner=None)
+    found = propagated_labels(image, cams, tags, valid, affinity, 8, lower)
+    assert found[0, 9:15, 9:23].eq(1).all()
+    assert (found[0, :, 28:] == 255).all()
+    assert not (found == 2).any()
+    unknown = propagated_labels(image, cams, torch.tensor([[1.0, float("nan")]]), valid, affinity, 8, rule)
+    assert not (unknown == 0).any()
+    with pytest.raises(UsageError, match="60 positions"):
+        propagated_labels(image, cams, tags, valid, torch.eye(60)[None], 8, rule)
+
+
+def test_nothing_is_background_where_tags_are_unknown():
+    image, cams, tags = scene()
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    rule = LabelRule(refiner=SMALL)
+    partly = tags.clone()
+    partly[0, tags[0] == 0] = float("nan")
+    for make in (refined_labels, sure_labels):
+        known, found = make(image, cams, tags, valid, rule), make(image, cams, partly, valid, rule)
+        assert (known[0] == 0).any()
+        assert torch.equal(found[0], known[0].masked_fill(known[0] == 0, 255))
+        assert torch.equal(found[1], known[1])
+        assert (make(image, cams, torch.full_like(tags, float("nan")), valid, rule) == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)])
+def test_labels_of_an_image_of_one_row(size):
+    image, cams, tags = torch.rand(1, 3, *size), torch.rand(1, 2, *size) / 2, torch.tensor([[1.0, 0.0]])
+    for make in (refined_labels, sure_labels):
+        labels = make(image, cams, tags, torch.ones(1, *size, dtype=torch.bool), LabelRule(refiner=SMALL))
+        assert labels.shape == (1, *size)
 
 
 def test_all_ignored_pairs_give_exactly_nothing():

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 import training.cam_stage
 import training.token_stage
@@ -519,6 +521,30 @@ def test_no_nan_whatever_the_tags(tags):
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in [*net.parameters(), *method.parameters()])
+    if all(math.isnan(value) for row in tags for value in row):
+        assert all(terms[name] == 0 for name in ("classification", "segmentation", "affinity"))
+
+
+def test_labels_spread_along_the_learnt_affinity_from_a_start_on(monkeypatch):
+    net, seen = network(), []
+
+    def spread(image, cams, tags, valid, affinity, radius, rule):
+        seen.append(affinity)
+        return torch.full(valid.shape, 255)
+
+    monkeypatch.setattr("training.methods.tscd.propagated_labels", spread)
+    method = tscd(net, propagation_start=0.3)
+    before, after = (method(net, batch(PRESENT), progress) for progress in (0.2, 0.5))
+    assert len(seen) == 1
+    assert not seen[0].requires_grad
+    assert before["segmentation"] > 0
+    assert after["segmentation"] == 0, "the segmentation learns from what was spread"
+    assert after["affinity"] > 0, "the affinity does not"
+    monkeypatch.undo()
+    sum(method(net, batch(PRESENT), 0.5).values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in [*net.parameters(), *method.parameters()])
+    with pytest.raises(ValidationError, match="affinity_weight: 0 leaves out"):
+        tscd(net, propagation_start=0.3, affinity_weight=0)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet10t", "pvt_v2_b0"])
@@ -574,6 +600,13 @@ def test_freezing_keeps_the_first_layers(name, share):
     learning = [parameter.requires_grad for parameter in encoder.parameters()]
     assert all(learning) if share == 0 else not learning[0]
     assert any(learning) == (share < 1)
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    encoder.train()(torch.rand(2, 3, 64, 64))
+    moved = [not torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True)]
+    # PVTv2 and the ViT have none.
+    assert moved == [share == 0] * len(norms)
+    assert bool(norms) == (name == "resnet10t")
 
 
 def test_labels_can_be_made_anew_without_training_again(tagged, tmp_path, values):

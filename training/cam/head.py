@@ -30,7 +30,9 @@ def depth_index(encoder: Encoder, depth: float) -> int:
 
 
 def freeze(encoder: Encoder, share: float) -> None:
-    """Keep the first layers from learning.
+    """Keep the first layers from learning, and every batch norm at the statistics that it came with.
+
+    Batches of images from which little is to be learnt are too small to make statistics of.
 
     Args:
         encoder: Changed in place.
@@ -44,6 +46,15 @@ def freeze(encoder: Encoder, share: float) -> None:
     for name, layer in layer_of.items():
         if share and layer <= round(share * last):
             parameters[name].requires_grad_(False)
+    if share:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                # Whatever mode the network is put into.
+                module.register_forward_pre_hook(_evaluate)
+
+
+def _evaluate(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    module.eval()
 
 
 def encode(encoder: Encoder, image: Tensor, indices: Sequence[int]) -> dict[int, Tensor]:

@@ -129,24 +129,36 @@ def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rul
     Args:
         image: In [0, 1] (N, 3, H, W), see `byte_image`.
         cams: (N, K, H, W) in [0, 1].
-        tags: (N, K), 1 where present.
+        tags: (N, K), 1 where present, NaN where unknown.
         valid: bool (N, H, W).
         rule: Thresholds and refiner.
 
     Returns:
-        int64 (N, H, W), 255 = ignore. An image without a tag is all background inside `valid`.
+        int64 (N, H, W), 255 = ignore. An image without a tag is all background inside `valid`; where any of its tags
+        is unknown it has no background, which a class that nobody named may cover.
     """
     scores, classes = _scores_by_slot(cams, tags, rule)
     slots = classes.shape[1]
     if rule.refiner is not None:
-        small = (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride)
-        scores = refine(scores.contiguous(), _guide(image, small, rule).to(scores.dtype), rule.refiner)
+        scores = refine(scores.contiguous(), guide_of(image, rule).to(scores.dtype), rule.refiner)
     high, low = (
         classes.gather(1, _resized(part, image.shape[-2:]).argmax(dim=1).flatten(1)).reshape(valid.shape)
         for part in scores.split(slots, dim=1)
     )
+    return agreed_labels(high, low, tags, valid)
+
+
+def agreed_labels(high: Tensor, low: Tensor, tags: Tensor, valid: Tensor) -> Tensor:
+    """Foreground of the strict pass, background of both; 255 elsewhere, and as `refined_labels` says.
+
+    Args:
+        high: Class ids of the strict pass (N, H, W).
+        low: Of the loose one.
+        tags: (N, K).
+        valid: bool (N, H, W).
+    """
     labels = torch.where(high != 0, high, torch.where(low == 0, 0, IGNORE_INDEX))
-    return labels.masked_fill(~valid, IGNORE_INDEX)
+    return _known(labels, tags).masked_fill(~valid, IGNORE_INDEX)
 
 
 def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: LabelRule) -> Tensor:
@@ -155,23 +167,27 @@ def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: 
     Args:
         image: In [0, 1] (N, 3, H, W), see `byte_image`.
         maps: Of present classes (N, K, H, W), at least 0; what their sum lacks to 1 is the background's.
-        tags: (N, K), 1 where present.
+        tags: (N, K), 1 where present, NaN where unknown.
         valid: bool (N, H, W).
         rule: `sure`, `stride` and refiner.
 
     Returns:
-        int64 (N, H, W), 255 = ignore. An image without a tag is all background inside `valid`.
+        int64 (N, H, W), 255 = ignore; images without or with unknown tags as in `refined_labels`.
     """
     own, classes, _ = _present(maps, tags)
     background = (1 - own.sum(dim=1, keepdim=True)).clamp(min=0)
-    small = (image.shape[-2] // rule.stride, image.shape[-1] // rule.stride)
-    scores = _resized(torch.cat([background, own], dim=1), small)
+    scores = _resized(torch.cat([background, own], dim=1), _small(image, rule))
     if rule.refiner is not None:
-        scores = refine(scores.contiguous(), _guide(image, small, rule).to(scores.dtype), rule.refiner)
+        scores = refine(scores.contiguous(), guide_of(image, rule).to(scores.dtype), rule.refiner)
     scores = _resized(scores, image.shape[-2:])
     value, slot = (scores / scores.sum(dim=1, keepdim=True)).max(dim=1)
-    labels = classes.gather(1, slot.flatten(1)).reshape(valid.shape)
+    labels = _known(classes.gather(1, slot.flatten(1)).reshape(valid.shape), tags)
     return labels.where((value >= rule.sure) & valid, IGNORE_INDEX)
+
+
+def _known(labels: Tensor, tags: Tensor) -> Tensor:
+    unknown = tags.isnan().any(dim=1)[:, None, None]
+    return labels.masked_fill(unknown & (labels == 0), IGNORE_INDEX)
 
 
 def _present(cams: Tensor, tags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,15 +213,21 @@ def _scores_by_slot(cams: Tensor, tags: Tensor, rule: LabelRule) -> tuple[Tensor
     parts = []
     for background in (rule.high, rule.low):
         stacked = torch.cat([torch.full_like(cams[:, :1], background), own], dim=1)
-        small = _resized(stacked, (cams.shape[-2] // rule.stride, cams.shape[-1] // rule.stride))
+        small = _resized(stacked, _small(cams, rule))
         absent = F.pad(~used, (1, 0))[:, :, None, None]
         parts.append((small / rule.temperature).masked_fill(absent, -torch.inf).softmax(dim=1))
     return torch.cat(parts, dim=1), classes
 
 
-def _guide(image: Tensor, size: tuple[int, int], rule: LabelRule) -> Tensor:
-    small = _resized(image, size)
+def guide_of(image: Tensor, rule: LabelRule) -> Tensor:
+    """What the rule's refiner sees of an image (N, 3, H, W), at 1/stride of its size."""
+    small = _resized(image, _small(image, rule))
     return (opponent_guide(small) if rule.guide == "opponent" else small).contiguous()
+
+
+def _small(maps: Tensor, rule: LabelRule) -> tuple[int, int]:
+    # An image may be a single row.
+    return max(1, maps.shape[-2] // rule.stride), max(1, maps.shape[-1] // rule.stride)
 
 
 def _resized(maps: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

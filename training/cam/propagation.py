@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.cam.labels import LabelRule
+from training.cam.labels import LabelRule, agreed_labels, guide_of
 from training.losses.attention_affinity import propagate
+from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import refine
 
 
@@ -27,6 +28,50 @@ def propagated_cams(cams: Tensor, tags: Tensor, affinity: Tensor, radius: int, b
     stacked = torch.cat([torch.full_like(cams[:, :1], background), cams], dim=1)
     absent = F.pad(tags != 1, (1, 0))[:, :, None, None]
     return propagate(stacked.masked_fill(absent, -torch.inf).softmax(dim=1), affinity, radius)
+
+
+def propagated_labels(
+    image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, affinity: Tensor, radius: int, rule: LabelRule
+) -> Tensor:
+    """Labels of AFA's last phase: spread along the affinity and refined with two background scores, agreed on.
+
+    Args:
+        image: In [0, 1] (N, 3, H, W), see `byte_image`.
+        cams: (N, K, H, W) in [0, 1].
+        tags: (N, K), 1 where present, NaN where unknown.
+        valid: bool (N, H, W), a rectangle in each image.
+        affinity: (N, n, n), positions of a grid of H / s x W / s row by row.
+        radius: Half the window's side in cells.
+        rule: Background scores and refiner; no `temperature` here, as published.
+
+    Returns:
+        int64 (N, H, W), 255 = ignore, as `refined_labels`.
+
+    Raises:
+        UsageError: The affinity's grid does not fit the image.
+    """
+    height, width = image.shape[-2:]
+    stride = round((height * width / affinity.shape[-1]) ** 0.5)
+    grid = (height // stride, width // stride)
+    if grid[0] * grid[1] != affinity.shape[-1]:
+        raise UsageError(
+            f"the affinity has {affinity.shape[-1]} positions, the image {height}x{width}; expected one a square cell"
+        )
+    coarse = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
+    boxes = torch.stack([_bounds(part) for part in valid])
+    high, low = (
+        refined_in_box(image, propagated_cams(coarse, tags, affinity, radius, score), tags, boxes, rule).argmax(dim=1)
+        for score in (rule.high, rule.low)
+    )
+    return agreed_labels(high, low, tags, valid)
+
+
+def _bounds(valid: Tensor) -> Tensor:
+    """Top, bottom, left and right of the image in its crop; all 0 without a pixel."""
+    rows, columns = valid.any(dim=1).nonzero().flatten(), valid.any(dim=0).nonzero().flatten()
+    if not len(rows):
+        return torch.zeros(4, dtype=torch.int64, device=valid.device)
+    return torch.stack([rows[0], rows[-1] + 1, columns[0], columns[-1] + 1])
 
 
 def refined_in_box(image: Tensor, scores: Tensor, tags: Tensor, boxes: Tensor, rule: LabelRule) -> Tensor:
@@ -51,14 +96,8 @@ def refined_in_box(image: Tensor, scores: Tensor, tags: Tensor, boxes: Tensor, r
         keys = torch.cat([torch.ones_like(tags[number, :1]), tags[number]]).eq(1).nonzero().flatten()
         part = raised[number : number + 1, keys, top:bottom, left:right]
         if rule.refiner is not None:
-            small = (max(1, (bottom - top) // rule.stride), max(1, (right - left) // rule.stride))
-            guide = F.interpolate(
-                image[number : number + 1, :, top:bottom, left:right].to(part.dtype),
-                size=small,
-                mode="bilinear",
-                align_corners=False,
-            )
-            part = refine(part.contiguous(), guide.contiguous(), rule.refiner)
+            guide = guide_of(image[number : number + 1, :, top:bottom, left:right].to(part.dtype), rule)
+            part = refine(part.contiguous(), guide, rule.refiner)
             part = F.interpolate(part, size=(bottom - top, right - left), mode="bilinear", align_corners=False)
         out[number, keys, top:bottom, left:right] = part[0]
     return out

@@ -277,12 +277,14 @@ class TSCDSettings(_Strict):
     Attributes:
         cams: How CAMs come about.
         labels: How CAMs become labels.
-        frozen: Part of the encoder's layers, from the image on, whose weights stay as they are (a batch norm's running
-            statistics do not); `TagsSettings.cam_frozen`.
+        frozen: Part of the encoder's layers, from the image on, whose weights stay as they are; with any, all of its
+            batch norms keep their statistics; `TagsSettings.cam_frozen`.
         start: All terms but the classification act after this fraction of the training.
         segmentation_weight: Of the balanced cross-entropy against refined CAM labels.
         affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
         affinity_radius: Half the window's side in cells of the attention's grid.
+        propagation_start: After this fraction of the training, the segmentation's labels come from CAMs that are spread
+            along the learnt affinity and then refined, as AFA has it (0.3); null is never, as TSCD has it.
         correspondence_weight: Of the self correspondence distillation; 0 turns it off and saves the small view.
         correspondence: "parity" as released, or "repaired"; `TagsSettings.correspondence`.
         samples: Its points a side.
@@ -300,6 +302,7 @@ class TSCDSettings(_Strict):
     segmentation_weight: Weight = 0.1
     affinity_weight: Weight = 0.1
     affinity_radius: Annotated[int, Field(ge=1, le=64)] = 8
+    propagation_start: Annotated[float, Field(ge=0, lt=1)] | None = None
     correspondence_weight: Weight = 0.1
     correspondence: Literal["parity", "repaired"] = "parity"
     samples: Annotated[int, Field(ge=2, le=128)] = 40
@@ -307,3 +310,9 @@ class TSCDSettings(_Strict):
     consistency_weight: Weight = 0.1
     consistency: Literal["parity", "repaired"] = "repaired"
     regulariser_weight: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.propagation_start is not None and not self.affinity_weight:
+            raise ValueError("propagation_start spreads along the affinity, which affinity_weight: 0 leaves out")
+        return self

@@ -12,6 +12,7 @@ from training.cam.attention import AffinityHead, AttentionTap, count_heads
 from training.cam.head import CamHead, encode, freeze
 from training.cam.labels import byte_image, refined_labels
 from training.cam.maps import normalise_cams
+from training.cam.propagation import propagated_labels
 from training.losses.attention_affinity import affinity_labels, affinity_loss
 from training.losses.balanced_cross_entropy import balanced_cross_entropy
 from training.losses.self_correspondence import SelfCorrespondenceLoss, scale_consistency_loss
@@ -68,13 +69,19 @@ class TSCD(Method):
         cams = self._cams(encoder, batch.image, tags)
         image = byte_image(batch.image.float(), self.preprocessing)
         labels = refined_labels(image, cams, tags, batch.valid, self.rule)
+        affinity = None if self.affinity is None or tap is None else self.affinity(tap.logits())
+        targets, start = labels, self.settings.propagation_start
+        if affinity is not None and start is not None and start_reached(progress, start):
+            radius = self.settings.affinity_radius
+            targets = propagated_labels(image, cams, tags, batch.valid, affinity.detach(), radius, self.rule)
         logits = network.decoder(batch.image, [maps[index] for index in encoder.indices])
-        terms["segmentation"] = self.settings.segmentation_weight * balanced_cross_entropy(logits, labels)
-        if self.affinity is not None and tap is not None:
+        terms["segmentation"] = self.settings.segmentation_weight * balanced_cross_entropy(logits, targets)
+        if affinity is not None:
             stride = encoder.reductions[-1]
             grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
+            # Of labels that the affinity had no part in, so that it does not confirm itself.
             pairs = affinity_labels(labels, grid, self.settings.affinity_radius)
-            terms["affinity"] = self.settings.affinity_weight * affinity_loss(self.affinity(tap.logits()), pairs)
+            terms["affinity"] = self.settings.affinity_weight * affinity_loss(affinity, pairs)
         terms |= self._small_view(network, batch, scores, cams, logits)
         if self.settings.regulariser_weight:
             terms["gated_crf"] = self.settings.regulariser_weight * self.regulariser(logits, batch)
