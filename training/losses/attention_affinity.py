@@ -80,7 +80,8 @@ def propagate(maps: Tensor, affinity: Tensor, radius: int) -> Tensor:
 
     .. math:: T_{ij} = E_{ij}^2 / (\textstyle\sum_i E_{ij}^2 + 0.1), \quad m'_j = \sum_i m_i T_{ij}
 
-    E is zero outside the window; the square is element by element, as in the release.
+    E is zero outside the window; the square is element by element, as in the release. Computed in float32 at least,
+    whatever autocast says.
 
     Args:
         maps: (N, C, h, w), for example softmaxed CAMs with background.
@@ -91,7 +92,9 @@ def propagate(maps: Tensor, affinity: Tensor, radius: int) -> Tensor:
         (N, C, h, w).
     """
     height, width = maps.shape[-2:]
-    transition = affinity * window_mask(height, width, radius, maps.device)
-    transition = transition.square()
-    transition = transition / (transition.sum(dim=1, keepdim=True) + 0.1)
-    return (maps.flatten(2) @ transition).reshape(maps.shape)
+    with torch.autocast(maps.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(maps.dtype, affinity.dtype), torch.float32)
+        transition = affinity.to(dtype) * window_mask(height, width, radius, maps.device)
+        transition = transition.square()
+        transition = transition / (transition.sum(dim=1, keepdim=True) + 0.1)
+        return (maps.to(dtype).flatten(2) @ transition).reshape(maps.shape)
