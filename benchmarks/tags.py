@@ -89,6 +89,7 @@ ROWS = (
     # Variations of the default.
     Row("tokens-sure", "tags", (*_CALIBRATED, "labels.sure=0.4"), _FIRST),
     Row("tokens-correction", "tags", (*_CALIBRATED, "correction={}"), _FIRST),
+    Row("tokens-falling", "tags", (*_CALIBRATED, "correction={final_threshold: 0.5}"), _FIRST),
     Row("tokens-crf", "tags", (*_CALIBRATED, "crf_weight=0.1"), _FIRST),
 )
 TWIN = Row("masks", "supervised")

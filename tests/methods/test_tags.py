@@ -495,6 +495,27 @@ def test_terms_switch_on_and_train_everything():
     assert net.training, "taking CAMs leaves the network in training mode"
 
 
+def test_the_threshold_of_corrections_may_fall(monkeypatch):
+    seen = []
+
+    def correct(labels, logits, tags, valid, threshold):
+        seen.append(threshold)
+        return labels
+
+    monkeypatch.setattr("training.methods.pseudo_labels.corrected_labels", correct)
+    net = network()
+    for final, expected in ((None, [0.9, 0.9, 0.9]), (0.5, [0.9, 0.7, 0.5])):
+        settings = TypeAdapter(MethodSettings).validate_python(
+            {"name": "tags", "correction": {"start": 0.2, "threshold": 0.9, "final_threshold": final}}
+        )
+        method = build_method(settings, 4, HALF, None, net.encoder)
+        method.set_teacher(network())
+        seen.clear()
+        for progress in (0.1, 0.2 + 1e-9, 0.6, 1 - 1e-9):
+            method(net, batch(PRESENT), progress)
+        assert seen == pytest.approx(expected, abs=1e-6)
+
+
 def test_weights_of_zero_leave_their_terms_out():
     net = network()
     off = dict.fromkeys(("affinity_weight", "correspondence_weight", "consistency_weight"), 0)

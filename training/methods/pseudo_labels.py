@@ -69,7 +69,8 @@ class PseudoLabels(Method):
         assert self.teacher is not None, "set_teacher is called before training"
         with torch.no_grad():
             logits = self.teacher(batch.image)
-        return corrected_labels(batch.labels, logits, batch.tags, batch.valid, correction.threshold)
+        threshold = correction.threshold_at(progress)
+        return corrected_labels(batch.labels, logits, batch.tags, batch.valid, threshold)
 
 
 def shrunk_view(image: Tensor, factor: float, stride: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -212,10 +213,20 @@ class CorrectionSettings(_Strict):
     Attributes:
         start: They are corrected after this fraction of the second stage.
         threshold: Least probability of a correction, among background and the image's own classes.
+        final_threshold: To which the threshold falls until the end, along half a cosine (DuPL, arXiv 2403.11184, where
+            labels are filtered less and less); null keeps it.
     """
 
     start: Annotated[float, Field(ge=0, lt=1)] = 0.4
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    final_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    def threshold_at(self, progress: float) -> float:
+        """The threshold once a part `progress` of the second stage, in [start, 1], is done."""
+        if self.final_threshold is None:
+            return self.threshold
+        done = (progress - self.start) / (1 - self.start)
+        return self.final_threshold + (self.threshold - self.final_threshold) * (1 + math.cos(math.pi * done)) / 2
 
 
 class TagsSettings(_Strict):
