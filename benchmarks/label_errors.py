@@ -30,7 +30,7 @@ _ANGLES = 48
 
 
 def near_ends(labels: NDArray[np.uint8], radius: float) -> NDArray[np.bool_]:
-    """Labelled pixels (H, W) whose circle of this radius meets their own label in one run at most."""
+    """Labelled pixels (H, W) whose circle of this radius lies partly in their own label, in one run at most."""
     ys, xs = np.nonzero(labels != IGNORE_INDEX)
     angles = np.arange(_ANGLES) * (2 * np.pi / _ANGLES)
     rows = np.rint(ys[:, None] + radius * np.sin(angles)).astype(int)
@@ -40,7 +40,7 @@ def near_ends(labels: NDArray[np.uint8], radius: float) -> NDArray[np.bool_]:
     same = inside & (met == labels[ys, xs][:, None])
     runs = (same & ~np.roll(same, 1, axis=1)).sum(axis=1)
     found = np.zeros(labels.shape, np.bool_)
-    found[ys, xs] = runs <= 1
+    found[ys, xs] = (runs <= 1) & ~same.all(axis=1)
     return found
 
 

@@ -229,6 +229,8 @@ def check(rows: list[dict]) -> list[str]:
     found = {row["setting"]: row for row in rows}
     for name, goal in SHARES.items():
         data = name.split("-")[0]
+        if name in found and f"{data}-masks" not in found:
+            missed.append(f"{data}-masks, the twin of {name}: not run")
         figure = "foreground_dice" if data == "acdc" else "mean"
         if name in found and f"{data}-masks" in found:
             share = found[name][figure] / found[f"{data}-masks"][figure]

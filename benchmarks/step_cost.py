@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -79,6 +80,7 @@ def measure(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]
     from pydantic import TypeAdapter
 
     import training.cam.labels
+    import training.cam.propagation
     from benchmarks.energy import resident
     from training.cam_stage import build_cam_method
     from training.data.dataset import open_dataset
@@ -138,7 +140,7 @@ def measure(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]
         return refined
 
     # One call within a step is more than the noise of two steps' difference.
-    training.cam.labels.refine = timed
+    training.cam.labels.refine = training.cam.propagation.refine = timed
     for repeat in range(options.repeats + 1):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         started = time.process_time()
@@ -156,7 +158,7 @@ def measure(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]
         "kind": kind,
         "variant": name,
         "cpu_s": min(seconds),
-        "refiner": min(part / whole for part, whole in zip(refining[1:], seconds, strict=True)),
+        "refiner": statistics.median(part / whole for part, whole in zip(refining[1:], seconds, strict=True)),
         "peak_mb": peak / 1e6,
         "precision": fabric.strategy.precision.precision,
     }

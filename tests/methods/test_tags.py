@@ -514,6 +514,10 @@ def test_the_threshold_of_corrections_may_fall(monkeypatch):
         for progress in (0.1, 0.2 + 1e-9, 0.6, 1 - 1e-9):
             method(net, batch(PRESENT), progress)
         assert seen == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValidationError, match="expected it to fall"):
+        TypeAdapter(MethodSettings).validate_python(
+            {"name": "tags", "correction": {"threshold": 0.5, "final_threshold": 0.9}}
+        )
 
 
 def test_weights_of_zero_leave_their_terms_out():
@@ -568,6 +572,8 @@ def test_labels_spread_along_the_learnt_affinity_from_a_start_on(monkeypatch):
     assert all(p.grad is None or p.grad.isfinite().all() for p in [*net.parameters(), *method.parameters()])
     with pytest.raises(ValidationError, match="affinity_weight: 0 leaves out"):
         tscd(net, propagation_start=0.3, affinity_weight=0)
+    with pytest.raises(ValidationError, match="no labels before start"):
+        tscd(net, propagation_start=0.05)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "resnet10t", "pvt_v2_b0"])

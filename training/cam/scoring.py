@@ -84,6 +84,9 @@ def score_made_labels(
 ) -> dict[str, float]:
     """Labels that the run's rule makes of whole images' CAMs, where they are sure: for `tscd`, which keeps none.
 
+    With `propagation_start` these are the labels that teach the affinity; what the segmentation learns from after that
+    start, spread along it, is not scored.
+
     Args as in `score_cams`, returns as `score_labels`.
     """
     assert isinstance(recipe.method, TagsSettings | TSCDSettings)

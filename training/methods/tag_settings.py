@@ -221,6 +221,14 @@ class CorrectionSettings(_Strict):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.8
     final_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.final_threshold is not None and self.final_threshold > self.threshold:
+            raise ValueError(
+                f"final_threshold is {self.final_threshold}, threshold {self.threshold}; expected it to fall or null"
+            )
+        return self
+
     def threshold_at(self, progress: float) -> float:
         """The threshold once a part `progress` of the second stage, in [start, 1], is done."""
         if self.final_threshold is None:
@@ -326,4 +334,8 @@ class TSCDSettings(_Strict):
     def _check(self) -> Self:
         if self.propagation_start is not None and not self.affinity_weight:
             raise ValueError("propagation_start spreads along the affinity, which affinity_weight: 0 leaves out")
+        if self.propagation_start is not None and self.propagation_start < self.start:
+            raise ValueError(
+                f"propagation_start is {self.propagation_start}, start {self.start}; there are no labels before start"
+            )
         return self
