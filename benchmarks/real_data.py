@@ -228,14 +228,15 @@ def check(rows: list[dict]) -> list[str]:
     ]
     found = {row["setting"]: row for row in rows}
     for name, goal in SHARES.items():
+        if name not in found:
+            continue
         data = name.split("-")[0]
-        if name in found and f"{data}-masks" not in found:
+        twin, figure = found.get(f"{data}-masks"), "foreground_dice" if data == "acdc" else "mean"
+        if twin is None:
             missed.append(f"{data}-masks, the twin of {name}: not run")
-        figure = "foreground_dice" if data == "acdc" else "mean"
-        if name in found and f"{data}-masks" in found:
-            share = found[name][figure] / found[f"{data}-masks"][figure]
-            if share < goal:
-                missed.append(f"{name}: {100 * share:.1f} % of the twin, goal {100 * goal:.0f} %")
+        elif found[name][figure] < goal * twin[figure]:
+            share = found[name][figure] / twin[figure]
+            missed.append(f"{name}: {100 * share:.1f} % of the twin, goal {100 * goal:.0f} %")
     return missed + [f"{name}: not run" for name in (GOALS | SHARES) if name not in means]
 
 

@@ -192,7 +192,7 @@ def main() -> int:
         print(f"| {row['kind']} | {row['variant']} | {row['cpu_s']:.2f} | {times:.2f} | {row['peak_mb']:.0f} |")
     missed = []
     if "tags" in options.kinds:
-        wanted = ("+ PAR", "+ VARM instead", "the same, CAMs at one scale")
+        wanted = ("+ PAR", "+ VARM instead", "the same, CAMs at one scale", "the same, labels spread along it")
         shares = {row["variant"]: row["refiner"] for row in rows if row["variant"] in wanted}
         print("\nThe refiner's part of a step: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
         missed = [f"{name}: {share:.2f} of a step, goal {GOAL}" for name, share in shares.items() if share > GOAL]

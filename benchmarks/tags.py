@@ -236,8 +236,8 @@ def cams_table(rows: dict[str, list[dict]], options: argparse.Namespace) -> str:
         lines.append(f"| {name} | {cams} | {labels} |")
     lines += [
         "",
-        f"Protocol: voc_animals, image tags only; ViT-Tiny with supervised ImageNet weights; first stages alone, crop "
-        f"{options.size}, 400 iterations of batch 8 where the encoder learns; {options.images} train images with "
+        f"Protocol: {data_words(options)}, image tags only; ViT-Tiny with supervised ImageNet weights; first stages "
+        f"alone, crop {options.size}, 400 iterations of batch 8 where the encoder learns; {options.images} train images with "
         f"masks, at their own size, with their tags; seeds {options.seeds}. torch {torch.__version__}, {date.today()}.",
     ]
     return "\n".join(lines)
@@ -251,6 +251,16 @@ def weights(options: argparse.Namespace) -> str:
 def prefix(options: argparse.Namespace) -> str:
     """Of the folders of runs."""
     return "tags-long-tail" if options.long_tail else "tags"
+
+
+def data_words(options: argparse.Namespace) -> str:
+    """The data set, for a protocol line."""
+    if not options.long_tail:
+        return "voc_animals"
+    source = open_source(options)
+    counts = zip(source.classes[1:], class_counts(options), strict=True)
+    images = ", ".join(f"{name} {count}" for name, count in counts)
+    return f"voc_animals, long-tailed ({len(source.splits['train'])} training images: {images})"
 
 
 def class_counts(options: argparse.Namespace) -> list[int]:
@@ -343,15 +353,9 @@ def table(rows: list[dict], options: argparse.Namespace, record: dict) -> str:
             f"| {percent(row['gap'])} ({percent(row['rarest'])}) | {row['seconds']:.0f} |"
         )
     protocol = record["evaluation"]["protocol"]
-    tail = ""
-    if options.long_tail:
-        source = open_source(options)
-        train, counts = source.splits["train"], class_counts(options)
-        images = ", ".join(f"{name} {count}" for name, count in zip(source.classes[1:], counts, strict=True))
-        tail = f", long-tailed ({len(train)} training images: {images})"
     lines += [
         "",
-        f"Protocol: voc_animals{tail}, image tags only; ViT-Tiny with supervised ImageNet weights, which make cats "
+        f"Protocol: {data_words(options)}, image tags only; ViT-Tiny with supervised ImageNet weights, which make cats "
         f"and dogs easy; {options.iterations} iterations of batch {record['recipe']['optimisation']['batch_size']} "
         f"after the first stage (400 where the encoder learns in it), crop {options.size}; CAMs and "
         f"pseudo-labels on {options.images} train images with masks (CAM: best of a few background scores on them); "

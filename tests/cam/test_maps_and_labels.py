@@ -131,8 +131,8 @@ def test_propagation_keeps_absent_classes_out_and_empty_boxes_empty():
 
 def test_labels_spread_along_the_affinity():
     """The CAM knows one cell of an object of two by four; affinity holds the object together."""
-    cams, tags = torch.zeros(1, 2, 32, 32), torch.tensor([[1.0, 0.0]])
-    cams[0, 0, 8:12, 8:12] = 1.0
+    cams, tags = torch.zeros(1, 2, 8, 8), torch.tensor([[1.0, 0.0]])
+    cams[0, 0, 2, 2] = 1.0
     cams[0, 1] = 1.0  # of a class that is absent
     owned = torch.zeros(8, 8)
     owned[2:4, 2:6] = 1
@@ -157,14 +157,12 @@ def test_labels_spread_along_the_affinity():
     assert not (found == 2).any()
     unknown = propagated_labels(image, cams, torch.tensor([[1.0, float("nan")]]), valid, affinity, 8, rule)
     assert not (unknown == 0).any()
-    with pytest.raises(UsageError, match="60 positions"):
-        propagated_labels(image, cams, tags, valid, torch.eye(60)[None], 8, rule)
 
 
 @pytest.mark.parametrize("guide", ["rgb", "opponent"])
 def test_what_lies_outside_the_image_changes_no_spread_label(guide):
     torch.manual_seed(0)
-    image, cams, tags = torch.rand(1, 3, 32, 32), torch.rand(1, 2, 32, 32), torch.tensor([[1.0, 1.0]])
+    image, cams, tags = torch.rand(1, 3, 32, 32), torch.rand(1, 2, 8, 8), torch.tensor([[1.0, 1.0]])
     valid = torch.zeros(1, 32, 32, dtype=torch.bool)
     valid[:, 4:24, :28] = True
     rule, affinity = LabelRule(refiner=SMALL, guide=guide), torch.eye(64)[None]

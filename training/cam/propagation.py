@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from training.cam.labels import LabelRule, agreed_labels, guide_of
 from training.losses.attention_affinity import propagate
-from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import refine
 
 
@@ -37,30 +36,19 @@ def propagated_labels(
 
     Args:
         image: In [0, 1] (N, 3, H, W), see `byte_image`.
-        cams: (N, K, H, W) in [0, 1].
+        cams: On the affinity's grid (N, K, h, w), in [0, 1].
         tags: (N, K), 1 where present, NaN where unknown.
         valid: bool (N, H, W), a rectangle in each image.
-        affinity: (N, n, n), positions of a grid of H / s x W / s row by row.
+        affinity: (N, h * w, h * w) in (0, 1).
         radius: Half the window's side in cells.
         rule: Background scores and refiner; no `temperature` here, as published.
 
     Returns:
         int64 (N, H, W), 255 = ignore, as `refined_labels`.
-
-    Raises:
-        UsageError: The affinity's grid does not fit the image.
     """
-    height, width = image.shape[-2:]
-    stride = round((height * width / affinity.shape[-1]) ** 0.5)
-    grid = (height // stride, width // stride)
-    if grid[0] * grid[1] != affinity.shape[-1]:
-        raise UsageError(
-            f"the affinity has {affinity.shape[-1]} positions, the image {height}x{width}; expected one a square cell"
-        )
-    coarse = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
     boxes = torch.stack([_bounds(part) for part in valid])
     high, low = (
-        refined_in_box(image, propagated_cams(coarse, tags, affinity, radius, score), tags, boxes, rule).argmax(dim=1)
+        refined_in_box(image, propagated_cams(cams, tags, affinity, radius, score), tags, boxes, rule).argmax(dim=1)
         for score in (rule.high, rule.low)
     )
     return agreed_labels(high, low, tags, valid)

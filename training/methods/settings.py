@@ -67,8 +67,8 @@ class SpreadSettings(_Strict):
 class AbsentSettings(_Strict):
     """A class without any label in an image is taken to be absent from it; see `training.losses.absent_classes_loss`.
 
-    The background may be anywhere.
-    Right where annotators label every class that they see in an image at least once, as with a point an object.
+    Right where annotators label every class that they see in an image at least once, as with a point an object. The
+    background needs no label: it may be anywhere.
 
     Attributes:
         weight: Factor of the loss.

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.cam.attention import AffinityHead, AttentionTap, count_heads
 from training.cam.head import CamHead, encode, freeze
@@ -70,15 +71,15 @@ class TSCD(Method):
         image = byte_image(batch.image.float(), self.preprocessing)
         labels = refined_labels(image, cams, tags, batch.valid, self.rule)
         affinity = None if self.affinity is None or tap is None else self.affinity(tap.logits())
+        stride = encoder.reductions[-1]
+        grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
         targets, start = labels, self.settings.propagation_start
         if affinity is not None and start is not None and start_reached(progress, start):
-            radius = self.settings.affinity_radius
-            targets = propagated_labels(image, cams, tags, batch.valid, affinity.detach(), radius, self.rule)
+            coarse, radius = F.interpolate(cams, size=grid, mode="bilinear"), self.settings.affinity_radius
+            targets = propagated_labels(image, coarse, tags, batch.valid, affinity.detach(), radius, self.rule)
         logits = network.decoder(batch.image, [maps[index] for index in encoder.indices])
         terms["segmentation"] = self.settings.segmentation_weight * balanced_cross_entropy(logits, targets)
         if affinity is not None:
-            stride = encoder.reductions[-1]
-            grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
             # Of labels that the affinity had no part in, so that it does not confirm itself.
             pairs = affinity_labels(labels, grid, self.settings.affinity_radius)
             terms["affinity"] = self.settings.affinity_weight * affinity_loss(affinity, pairs)
