@@ -237,8 +237,9 @@ def cams_table(rows: dict[str, list[dict]], options: argparse.Namespace) -> str:
     lines += [
         "",
         f"Protocol: {data_words(options)}, image tags only; ViT-Tiny with supervised ImageNet weights; first stages "
-        f"alone, crop {options.size}, 400 iterations of batch 8 where the encoder learns; {options.images} train images with "
-        f"masks, at their own size, with their tags; seeds {options.seeds}. torch {torch.__version__}, {date.today()}.",
+        f"alone, crop {options.size}, 400 iterations of batch 8 where the encoder learns; {options.images} train "
+        f"images with masks, at their own size, with their tags; seeds {options.seeds}. torch {torch.__version__}, "
+        f"{date.today()}.",
     ]
     return "\n".join(lines)
 
