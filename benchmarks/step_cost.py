@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "+ self correspondence": {**_TSCD, "consistency_weight": 0},
         "+ consistency (tscd)": _TSCD,
+        "tscd, CAMs of SFC": {**_TSCD, "cams": {"kind": "shared_feature", "scales": [1.0]}},
         "sfc, no bank and losses": {
             "name": "sfc",
             "cams": {"bank_draws": 0, "prototype_weight": 0, "scale_weight": 0},
@@ -87,7 +88,7 @@ def measure(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]
     from training.data.pipeline import Augmentation, TrainingSet
     from training.methods import Batch, build_method
     from training.methods.settings import MethodSettings
-    from training.methods.tag_settings import SFCSettings
+    from training.methods.tag_settings import SFCSettings, TSCDSettings
     from training.optimiser import build_optimizer
     from training.recipe import Optimisation, build_recipe
     from training.trainer import make_fabric, use_plain_attention
@@ -125,6 +126,8 @@ def measure(kind: str, name: str, options: argparse.Namespace) -> dict[str, Any]
             return (first(image)[-1].float().movedim(1, -1) @ linear).softmax(dim=-1).movedim(-1, 1)
 
         parts = (network.encoder, network.decoder, class_maps if second else None)
+        if isinstance(settings, TSCDSettings):
+            parts = (*parts, build_cam_method(settings, network.encoder, dataset, recipe))
         method = build_method(settings, len(source.classes), preprocessing, None, *parts)
     if method.needs_teacher:
         method.set_teacher(copy.deepcopy(network))

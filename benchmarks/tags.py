@@ -41,6 +41,7 @@ class Row:
 
 _ONE = "cams.scales=[1.0]"
 _UNCALIBRATED = ("cams.prototype_weight=0", "cams.scale_weight=0", "cams.fusion=0")
+_SHARED = ("cams.kind=shared_feature", "labels.high=0.45", "labels.low=0.25")  # as `sfc` has them
 _LEARNING = ("cams.kind=classifier", _ONE)
 # A run that takes over a classifier starts from that run's recipe, so what differs from it is named.
 _FIRST = "tokens-plain"
@@ -67,6 +68,9 @@ ROWS = (
     Row("scd", "tscd", (_ONE, "consistency_weight=0")),
     Row("scd-repaired", "tscd", (_ONE, "consistency_weight=0", "correspondence=repaired")),
     Row("tscd", "tscd", (_ONE,)),
+    # SFC's bank, losses and fused CAMs within that single stage.
+    Row("affinity-sfc", "tscd", (_ONE, *_SHARED, "correspondence_weight=0", "consistency_weight=0")),
+    Row("tscd-sfc", "tscd", (_ONE, *_SHARED)),
     Row("sfc-plain", "sfc", (_ONE, "cams.bank_draws=0", *_UNCALIBRATED)),
     Row("sfc-bank", "sfc", (_ONE, *_UNCALIBRATED)),
     Row("sfc-prototype", "sfc", (_ONE, "cams.scale_weight=0")),
@@ -108,6 +112,8 @@ ORDER = (
     ("affinity", "single"),
     ("propagated", "affinity"),
     ("scd", "affinity"),
+    ("affinity-sfc", "affinity"),
+    ("tscd-sfc", "tscd"),
     ("sfc", "sfc-plain"),
     ("tokens-plain", "tokens-images"),
     ("tokens-par", "tokens-plain"),

@@ -228,16 +228,10 @@ def finished_classifier(
     network = build_network(recipe.model.architecture, classes, weights="none", drop_path=recipe.model.drop_path)
     parts: list[tuple[torch.nn.Module, str]] = [(network, "network.")]
     cams = recipe.method.cams if isinstance(recipe.method, TSCDSettings) else _settings(recipe).cams
-    if isinstance(cams, CamSettings):
-        classifier = ClassifierCams(cams, network.encoder, classes)
-        parts.append((classifier.head, "method.head."))
-        method = classifier
-    else:
-        assert isinstance(cams, SharedFeatureSettings)
-        # What counts of images decide acts in training alone.
-        even = (1,) * (classes - 1)
-        method = SharedFeatureCams(cams, network.encoder, classes, recipe.augmentation.size, even, 1.0)
-        parts.append((method, "method."))
+    # What counts of images decide acts in training alone.
+    even = (1,) * (classes - 1)
+    method = _cam_method(cams, network.encoder, classes, recipe.augmentation.size, even, 1.0)
+    parts.append((method, "method.classifier." if isinstance(recipe.method, TSCDSettings) else "method."))
     for module, prefix in parts:
         state = saved["module"]
         module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -310,8 +304,10 @@ def _what_the_stage_reads(settings: TagsSettings) -> TagsSettings:
     )
 
 
-def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe) -> LearningStage:
-    """The first stage's method, for encoders that learn.
+def build_cam_method(
+    settings: TagsSettings | TSCDSettings, encoder: Encoder, dataset: TrainingSet, recipe: Recipe
+) -> LearningStage:
+    """What gives CAMs while the encoder learns: the first stage's method, or the classifier within a single stage.
 
     Args:
         settings: From the recipe.
@@ -319,13 +315,24 @@ def build_cam_method(settings: TagsSettings, encoder: Encoder, dataset: Training
         dataset: Tagged training images.
         recipe: Tells crop and batch size.
     """
-    classes = len(dataset.source.classes)
-    if isinstance(settings.cams, CamSettings):
-        return ClassifierCams(settings.cams, encoder, classes)
-    assert isinstance(settings.cams, SharedFeatureSettings), "tokens are fitted, not trained"
     per_epoch = max(1.0, len(dataset) / recipe.optimisation.batch_size)
     counts = tag_counts(dataset.source, dataset.names)
-    return SharedFeatureCams(settings.cams, encoder, classes, recipe.augmentation.size, counts, per_epoch)
+    classes = len(dataset.source.classes)
+    return _cam_method(settings.cams, encoder, classes, recipe.augmentation.size, counts, per_epoch)
+
+
+def _cam_method(
+    cams: CamSettings | SharedFeatureSettings | TokenSettings,
+    encoder: Encoder,
+    classes: int,
+    size: int,
+    counts: tuple[int, ...],
+    per_epoch: float,
+) -> LearningStage:
+    if isinstance(cams, CamSettings):
+        return ClassifierCams(cams, encoder, classes)
+    assert isinstance(cams, SharedFeatureSettings), "tokens are fitted, not trained"
+    return SharedFeatureCams(cams, encoder, classes, size, counts, per_epoch)
 
 
 def tag_counts(source: DataSource, names: Sequence[str]) -> tuple[int, ...]:

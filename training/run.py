@@ -18,7 +18,7 @@ import torch
 
 from training.cam.artifact import save_cams
 from training.cam.pseudo_labels import PseudoLabelSource
-from training.cam_stage import STAGE, add_pseudo_labels, check_stage, stage_maps
+from training.cam_stage import STAGE, add_pseudo_labels, build_cam_method, check_stage, stage_maps
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
@@ -198,8 +198,11 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     _seed(recipe.seed)
     network = build_network(architecture, len(source.classes), weights=model.weights, drop_path=model.drop_path)
     counts = _class_counts(dataset) if getattr(settings, "class_weights", "off") == "counts" else None
+    cams = None
+    if isinstance(settings, TSCDSettings):
+        cams = build_cam_method(settings, network.encoder, dataset, recipe)
     method = build_method(
-        settings, len(source.classes), preprocessing, counts, network.encoder, network.decoder, class_maps
+        settings, len(source.classes), preprocessing, counts, network.encoder, network.decoder, class_maps, cams
     )
     validation = _validation_names(source, recipe)
 
@@ -214,7 +217,8 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     _write_recipe(folder, recipe)  # not earlier: what cannot start leaves nothing that looks like a run
     trained = trainer.run(resume, show)
     if isinstance(method, TSCD):
-        save_cams(folder / CAMS, card, network.encoder, method.head, method.settings.cams.depth)
+        depth = getattr(method.settings.cams, "depth", 1.0)
+        save_cams(folder / CAMS, card, network.encoder, method.classifier.head, depth)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
     if isinstance(dataset.source, PseudoLabelSource) and isinstance(recipe.method, SparseSettings):
         carried_on = f"carried on before the training, which then was {settings.name}"

@@ -22,7 +22,9 @@ from training.cam_stage import LABELS, STAGE, finished_classifier, tag_counts
 from training.data.dataset import open_dataset
 from training.evaluate_cli import main as evaluate_command
 from training.methods import Batch, build_method
+from training.methods.cam_methods import SharedFeatureCams
 from training.methods.settings import MethodSettings
+from training.methods.tag_settings import SharedFeatureSettings
 from training.recipe import read_recipe
 from training.run import resolve_recipe, run
 from training.state import CHECKPOINT
@@ -101,8 +103,9 @@ SHARED = {"sides": [8, 8, 8, 8], "scales": [1.0, 0.5], "bank_draws": 2}
         two_stages("sfc", cams=SHARED),
         two_stages("sfc", cams=SHARED, correspondence_weight=0.1, samples=4),
         {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0, 0.5]}, "regulariser_weight": 0.01},
+        {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"kind": "shared_feature", **SHARED}},
     ],
-    ids=["classifier", "tokens", "tokens-scd", "sfc", "sfc-scd", "tscd"],
+    ids=["classifier", "tokens", "tokens-scd", "sfc", "sfc-scd", "tscd", "tscd-sfc"],
 )
 def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     result = train(tagged, tmp_path / "run", values | {"method": method})
@@ -474,20 +477,29 @@ def batch(tags, size=64):
 def tscd(net, **options):
     small = {"samples": 4, "start": 0.1, "cams": {"scales": [1.0, 0.5]}, **options}
     settings = TypeAdapter(MethodSettings).validate_python({"name": "tscd", **small})
-    return build_method(settings, 4, HALF, None, net.encoder)
+    cams = None
+    if isinstance(settings.cams, SharedFeatureSettings):
+        cams = SharedFeatureCams(settings.cams, net.encoder, 4, 64, (5, 2, 1), 3.0)
+    return build_method(settings, 4, HALF, None, net.encoder, cams=cams)
+
+
+CAM_KINDS = pytest.mark.parametrize(
+    "cams", [{"scales": [1.0, 0.5]}, {"kind": "shared_feature", **SHARED}], ids=["classifier", "shared"]
+)
 
 
 NAN = float("nan")
 PRESENT = [[NAN, 1, 0, 1], [NAN, 0, 1, 0]]
 
 
-def test_terms_switch_on_and_train_everything():
+@CAM_KINDS
+def test_terms_switch_on_and_train_everything(cams):
     net = network()
-    method = tscd(net, regulariser_weight=0.01)
-    assert list(method(net, batch(PRESENT), 0.05)) == ["classification"]
+    method = tscd(net, regulariser_weight=0.01, cams=cams)
+    learnt = {"classification", "prototype", "scale"} if "kind" in cams else {"classification"}
+    assert set(method(net, batch(PRESENT), 0.05)) == learnt
     terms = method(net, batch(PRESENT), 0.5)
-    names = {"classification", "segmentation", "affinity", "correspondence", "consistency", "gated_crf"}
-    assert set(terms) == names
+    assert set(terms) == learnt | {"segmentation", "affinity", "correspondence", "consistency", "gated_crf"}
     sum(terms.values()).backward()
     for name, parameter in [*method.named_parameters(), *net.decoder.named_parameters()]:
         assert parameter.grad is not None, name
@@ -526,12 +538,33 @@ def test_weights_of_zero_leave_their_terms_out():
     assert set(tscd(net, **off)(net, batch(PRESENT), 0.5)) == {"classification", "segmentation"}
 
 
+def test_shared_features_within_a_single_stage():
+    """The bank teaches the classifier alone; the rest of the step sees the batch's own images."""
+    net, shared = network(), {"kind": "shared_feature", **SHARED}
+    method = tscd(net, cams=shared)
+    seen = []
+    net.decoder.register_forward_hook(lambda decoder, inputs, output: seen.append(len(inputs[0])))
+    alone = SharedFeatureCams(method.settings.cams, net.encoder, 4, 64, (5, 2, 1), 3.0)
+    alone.load_state_dict(method.classifier.state_dict())
+    for progress in (0.05, 0.5):
+        torch.manual_seed(3)
+        terms = method(net, batch(PRESENT), progress)
+        torch.manual_seed(3)
+        for name, term in alone(net, batch(PRESENT), progress).items():
+            torch.testing.assert_close(terms[name], term, msg=name)
+    assert seen == [2, 2], "the image and its shrunken copy, both without the bank's samples"
+    assert method.classifier.bank.filled.all()
+    settings = TypeAdapter(MethodSettings).validate_python({"name": "tscd", "cams": shared})
+    with pytest.raises(RecipeError, match="knows the training images; give build_method `cams`"):
+        build_method(settings, 4, HALF, None, net.encoder)
+
+
 def test_released_consistency_is_a_constant():
     net = network()
     assert not tscd(net, consistency="parity")(net, batch(PRESENT), 0.5)["consistency"].requires_grad
     method = tscd(net)
     with torch.no_grad():
-        for layer in method.head.classify:
+        for layer in method.classifier.head.classify:
             layer[1].weight.normal_()
     assert method(net, batch(PRESENT), 0.5)["consistency"].requires_grad
 
@@ -539,9 +572,10 @@ def test_released_consistency_is_a_constant():
 @pytest.mark.parametrize(
     "tags", [[[NAN] * 4] * 2, [[NAN, 0, 0, 0]] * 2, [[NAN, 1, 1, 1], [NAN, 0, 0, 0]]], ids=["unknown", "none", "mixed"]
 )
-def test_no_nan_whatever_the_tags(tags):
+@CAM_KINDS
+def test_no_nan_whatever_the_tags(tags, cams):
     net = network()
-    method = tscd(net, regulariser_weight=0.01)
+    method = tscd(net, regulariser_weight=0.01, cams=cams)
     terms = method(net, batch(tags), 0.5)
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
@@ -726,10 +760,11 @@ def test_the_command_scores_the_first_stage(tagged, tmp_path, values, capsys, me
     assert "takes the folder (--out) of a training from tags" in out.err
 
 
-def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
+@CAM_KINDS
+def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys, cams):
     data, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(tagged, data)
-    values["method"] = {"name": "tscd", "start": 0.3, "samples": 4, "cams": {"scales": [1.0]}, "labels": {"high": 0.4}}
+    values["method"] = {"name": "tscd", "start": 0.3, "samples": 4, "cams": cams, "labels": {"high": 0.4}}
     train(data, folder, values)
     shutil.copy(data / "masks" / "scene9.png", data / "masks" / "scene3.png")
     Image.fromarray(np.ones((SIZE, SIZE), np.uint8)).save(data / "masks" / "scene1.png")
@@ -737,7 +772,7 @@ def test_a_single_stage_is_scored_as_it_ended(tagged, tmp_path, values, capsys):
     recipe = resolve_recipe(source, "tags", [values])
     encoder, method = finished_classifier(recipe, folder, len(source.classes))
     state = torch.load(folder / CHECKPOINT, weights_only=True)["module"]
-    for module, prefix in ((encoder, "network.encoder."), (method.head, "method.head.")):
+    for module, prefix in ((encoder, "network.encoder."), (method.head, "method.classifier.head.")):
         for name, value in module.state_dict().items():
             torch.testing.assert_close(value, state[prefix + name], rtol=0, atol=0)
     with pytest.raises(SystemExit) as stop:

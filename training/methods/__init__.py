@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from training.methods.base import Batch, Method, MethodContext
+from training.methods.cam_methods import CamMethod
 from training.methods.dfr import DFR
 from training.methods.gated_crf import GatedCRF
 from training.methods.partial_ce import PartialCE
@@ -37,6 +38,7 @@ def build_method(
     encoder: Encoder | None = None,
     decoder: nn.Module | None = None,
     class_maps: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cams: CamMethod | None = None,
 ) -> Method:
     """The method that a recipe asks for.
 
@@ -48,10 +50,11 @@ def build_method(
         encoder: Of the network; needed by methods whose heads sit on its maps.
         decoder: Of the network; needed by `dfr` with `features: decoder`.
         class_maps: See `MethodContext`; needed by `tags` and `sfc` with `correspondence_weight`.
+        cams: Gives the CAMs of `tscd`; needed where its `cams` are of kind "shared_feature".
 
     Raises:
-        RecipeError: Class weights are asked for without counts, heads without an encoder, or correspondence without a
-            classifier.
+        RecipeError: Class weights are asked for without counts, heads without an encoder, or correspondence or shared
+            features without a classifier.
     """
     counts = None if class_counts is None else tuple(class_counts)
     context = MethodContext(num_classes, preprocessing, counts, encoder, decoder, class_maps)
@@ -64,7 +67,7 @@ def build_method(
     if isinstance(settings, TSCDSettings):
         if encoder is None:
             raise RecipeError(["method.name: 'tscd' puts heads on the encoder; give build_method the network's"])
-        return TSCD(settings, context, encoder)
+        return TSCD(settings, context, encoder, cams)
     if isinstance(settings, DFRSettings):
         return DFR(settings, context)
     if isinstance(settings, SoftLabelSettings):

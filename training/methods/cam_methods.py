@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from training.cam.head import CamHead, encode
 from training.cam.image_bank import ImageBank
 from training.cam.labels import present_cams
+from training.cam.maps import normalise_cams
 from training.cam.prototypes import SharedFeatureHead, SharedFeatureMaps, fuse_kinds, fuse_scales
 from training.losses.shared_feature import (
     bank_term,
@@ -70,8 +72,57 @@ class CamModel(nn.Module, ABC):
         return None
 
 
+@dataclass(frozen=True)
+class TaggedImages:
+    """What a classifier learns from in a step: images (N, 3, S, S), valid (N, S, S), tags (N, K)."""
+
+    image: Tensor
+    valid: Tensor
+    tags: Tensor
+
+
 class CamMethod(CamModel, Method):
-    """One that learns with the encoder, batch by batch."""
+    """One that learns with the encoder, batch by batch; alone, or within a single stage that has the encoder's maps."""
+
+    @abstractmethod
+    def indices(self, encoder: Encoder) -> list[int]:
+        """Blocks or stages whose maps `terms` and `view_cams` read, as timm counts."""
+
+    def images(self, batch: Batch) -> TaggedImages:
+        """The batch's images, and behind them what the method adds to them; called once a step."""
+        return TaggedImages(batch.image, batch.valid, batch.tags[:, 1:])
+
+    @abstractmethod
+    def terms(self, encoder: Encoder, images: TaggedImages, maps: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Weighted loss terms.
+
+        Args:
+            encoder: For views that the method makes itself.
+            images: From `images`.
+            maps: Encoder maps of these by `indices`.
+        """
+
+    @abstractmethod
+    def view_cams(
+        self, encoder: Encoder, image: Tensor, maps: dict[int, Tensor], valid: Tensor, tags: Tensor
+    ) -> Tensor:
+        """CAMs of present classes as one view shows them, with gradient.
+
+        Args:
+            encoder: Whose maps they are.
+            image: Normalised (N, 3, H, W).
+            maps: Encoder maps of it by `indices`.
+            valid: bool (N, S, S), of any size.
+            tags: (N, K), 1 where present.
+
+        Returns:
+            (N, K, h, w) in [0, 1].
+        """
+
+    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The terms of the classifier alone; see `Method.forward`."""
+        images = self.images(batch)
+        return self.terms(network.encoder, images, encode(network.encoder, images.image, self.indices(network.encoder)))
 
 
 class ClassifierCams(CamMethod):
@@ -88,13 +139,22 @@ class ClassifierCams(CamMethod):
         self.settings = settings
         self.head = CamHead(encoder, num_classes - 1, settings.depths, settings.pooling)
 
-    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The term `classification`, the sum over depths; see `Method.forward`."""
-        scores = self.head(encode(network.encoder, batch.image, self.head.indices))
-        losses = [
-            classification_loss(self.head.pooled(maps, batch.valid), batch.tags[:, 1:]) for maps in scores.values()
-        ]
+    def indices(self, encoder: Encoder) -> list[int]:
+        """Of the classifiers' depths; see `CamMethod.indices`."""
+        return self.head.indices
+
+    def terms(self, encoder: Encoder, images: TaggedImages, maps: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The term `classification`, the sum over depths; see `CamMethod.terms`."""
+        scores = self.head(maps)
+        losses = [classification_loss(self.head.pooled(part, images.valid), images.tags) for part in scores.values()]
         return {"classification": torch.stack(losses).sum()}
+
+    def view_cams(
+        self, encoder: Encoder, image: Tensor, maps: dict[int, Tensor], valid: Tensor, tags: Tensor
+    ) -> Tensor:
+        """Scores at the depth nearest to `settings.depth`, normalised; see `CamMethod.view_cams`."""
+        index = self.head.cam_index(encoder, self.settings.depth)
+        return present_cams(normalise_cams(self.head(maps)[index].float().relu()), tags)
 
     @torch.no_grad()
     def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
@@ -144,15 +204,32 @@ class SharedFeatureCams(CamMethod):
         found = distribution_coefficients(tag_counts, bank) if settings.coefficients else torch.ones(classes)
         self.register_buffer("coefficients", found.float(), persistent=False)
 
-    def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The terms `classification`, `prototype` and `scale`; see `Method.forward`."""
-        image, valid, tags = self._with_bank(batch)
-        presence = (tags == 1).to(image.dtype)
-        stride = network.stride
-        sides = [max(stride, round(side / 2 / stride) * stride) for side in image.shape[-2:]]
-        half = F.interpolate(image, size=sides, mode="bilinear", align_corners=True)
-        full, small = (self._view(network.encoder, view, valid, presence) for view in (image, half))
-        scores = [classification_loss(view.scores, tags) for view in (full, small)]
+    def indices(self, encoder: Encoder) -> list[int]:
+        """Of the encoder's four levels; see `CamMethod.indices`."""
+        return list(encoder.indices)
+
+    def images(self, batch: Batch) -> TaggedImages:
+        """The batch, and samples from the image bank; see `CamMethod.images`."""
+        own = super().images(batch)
+        if self.bank is None:
+            return own
+        self.bank.update(own.image, own.valid, own.tags)
+        drawn = self.bank.draw(self.settings.bank_draws)
+        return TaggedImages(
+            torch.cat([own.image, drawn.image.to(own.image)]),
+            torch.cat([own.valid, drawn.valid]),
+            torch.cat([own.tags, drawn.tags.to(own.tags)]),
+        )
+
+    def terms(self, encoder: Encoder, images: TaggedImages, maps: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The terms `classification`, `prototype` and `scale`; see `CamMethod.terms`."""
+        presence = (images.tags == 1).to(images.image.dtype)
+        stride = encoder.stride
+        sides = [max(stride, round(side / 2 / stride) * stride) for side in images.image.shape[-2:]]
+        half = F.interpolate(images.image, size=sides, mode="bilinear", align_corners=True)
+        full = self._view(images.image, [maps[index] for index in encoder.indices], images.valid, presence)
+        small = self._view(half, encoder(half), images.valid, presence)
+        scores = [classification_loss(view.scores, images.tags) for view in (full, small)]
         terms = {"classification": (scores[0] + scores[1]) / 2}
         if self.settings.prototype_weight:
             loss = prototype_consistency(full.smoothed, full.prototype, self.coefficients)
@@ -162,17 +239,14 @@ class SharedFeatureCams(CamMethod):
             terms["scale"] = self.settings.scale_weight * loss
         return terms
 
-    def _with_bank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        tags = batch.tags[:, 1:]
-        if self.bank is None:
-            return batch.image, batch.valid, tags
-        self.bank.update(batch.image, batch.valid, tags)
-        drawn = self.bank.draw(self.settings.bank_draws)
-        image = torch.cat([batch.image, drawn.image.to(batch.image)])
-        return image, torch.cat([batch.valid, drawn.valid]), torch.cat([tags, drawn.tags.to(tags)])
+    def view_cams(
+        self, encoder: Encoder, image: Tensor, maps: dict[int, Tensor], valid: Tensor, tags: Tensor
+    ) -> Tensor:
+        """M_W of the view; see `CamMethod.view_cams`."""
+        levels = [maps[index] for index in encoder.indices]
+        return self._view(image, levels, valid, (tags == 1).to(image.dtype)).smoothed[:, 1:]
 
-    def _view(self, encoder: Encoder, image: Tensor, valid: Tensor, presence: Tensor) -> SharedFeatureMaps:
-        levels = encoder(image)
+    def _view(self, image: Tensor, levels: Sequence[Tensor], valid: Tensor, presence: Tensor) -> SharedFeatureMaps:
         inside = F.interpolate(valid[:, None].to(presence.dtype), size=levels[-2].shape[-2:], mode="nearest")
         mask = inside * F.pad(presence, (1, 0), value=1.0)[:, :, None, None]
         maps: SharedFeatureMaps = self.head(image, levels, mask)

@@ -193,12 +193,20 @@ class PropagationSettings(_Strict):
         return self
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, default: str = "tokens") -> str:
     # A recipe that changes one option need not repeat the kind.
-    found = value.get("kind", "tokens") if isinstance(value, dict) else getattr(value, "kind", "")
+    found = value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", "")
     return str(found)
 
 
+def _single_stage_kind(value: Any) -> str:
+    return _kind(value, "classifier")
+
+
+SingleStageCams = Annotated[
+    Annotated[CamSettings, Tag("classifier")] | Annotated[SharedFeatureSettings, Tag("shared_feature")],
+    Discriminator(_single_stage_kind),
+]
 CamKind = Annotated[
     Annotated[TokenSettings, Tag("tokens")]
     | Annotated[CamSettings, Tag("classifier")]
@@ -294,7 +302,8 @@ class TSCDSettings(_Strict):
     """Self correspondence distillation in a single stage (arXiv 2302.13765).
 
     Attributes:
-        cams: How CAMs come about.
+        cams: How CAMs come about: from a classifier, as TSCD has it, or calibrated by shared features (SFC), whose
+            image bank and losses then are part of every step.
         labels: How CAMs become labels.
         frozen: Part of the encoder's layers, from the image on, whose weights stay as they are; with any, all of its
             batch norms keep their statistics; `TagsSettings.cam_frozen`.
@@ -314,7 +323,7 @@ class TSCDSettings(_Strict):
     """
 
     name: Literal["tscd"] = "tscd"
-    cams: CamSettings = CamSettings(scales=(1.0, 0.5, 1.5))
+    cams: SingleStageCams = CamSettings(scales=(1.0, 0.5, 1.5))
     labels: LabelSettings = LabelSettings()
     frozen: Share = 1 / 3
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.cam.attention import AffinityHead, AttentionTap, count_heads
-from training.cam.head import CamHead, encode, freeze
+from training.cam.head import encode, freeze
 from training.cam.labels import byte_image, refined_labels
-from training.cam.maps import normalise_cams
 from training.cam.propagation import propagated_labels
 from training.losses.attention_affinity import affinity_labels, affinity_loss
 from training.losses.balanced_cross_entropy import balanced_cross_entropy
 from training.losses.self_correspondence import SelfCorrespondenceLoss, scale_consistency_loss
-from training.losses.shared_feature import classification_loss
 from training.methods.base import Batch, Method, MethodContext, start_reached
+from training.methods.cam_methods import CamMethod, ClassifierCams
 from training.methods.label_rule import label_rule
 from training.methods.pseudo_labels import SegmentationRegulariser, shrunk_view
-from training.methods.tag_settings import TSCDSettings
+from training.methods.tag_settings import CamSettings, TSCDSettings
+from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork
 from wsss_deploy.networks.encoder import Encoder
 
@@ -36,17 +36,30 @@ class TSCD(Method):
         settings: From the recipe.
         context: Of the run.
         encoder: Tells channels and attention; its first layers stop learning (`frozen`).
+        classifier: Gives the CAMs; None is one of `settings.cams` of kind "classifier".
 
     Raises:
-        RecipeError: Affinity is asked for and the encoder has no attention over positions.
+        RecipeError: Affinity is asked for and the encoder has no attention over positions, or `settings.cams` are of
+            another kind and there is no classifier.
     """
 
-    def __init__(self, settings: TSCDSettings, context: MethodContext, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        settings: TSCDSettings,
+        context: MethodContext,
+        encoder: Encoder,
+        classifier: CamMethod | None = None,
+    ) -> None:
         super().__init__()
         self.settings, self.preprocessing = settings, context.preprocessing
-        cams = settings.cams
         freeze(encoder, settings.frozen)
-        self.head = CamHead(encoder, context.num_classes - 1, cams.depths, cams.pooling)
+        if classifier is None:
+            if not isinstance(settings.cams, CamSettings):
+                raise RecipeError(
+                    [f"method.cams.kind: '{settings.cams.kind}' knows the training images; give build_method `cams`"]
+                )
+            classifier = ClassifierCams(settings.cams, encoder, context.num_classes)
+        self.classifier = classifier
         self.rule = label_rule(settings.labels)
         self.correspondence = SelfCorrespondenceLoss(settings.samples, settings.correspondence)
         self.regulariser = SegmentationRegulariser(context)
@@ -56,21 +69,22 @@ class TSCD(Method):
             self.affinity = AffinityHead(count_heads(encoder))
 
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """The term `classification`, and after the start those that have a weight; see `Method.forward`."""
+        """The classifier's terms, and after the start those that have a weight; see `Method.forward`."""
         encoder, tags = network.encoder, batch.tags[:, 1:]
         started = start_reached(progress, self.settings.start)
         tap = AttentionTap(encoder) if self.affinity is not None and started else None
+        # With what the classifier adds, so that one pass serves all; nothing else learns from that.
+        images, own = self.classifier.images(batch), len(batch.image)
         with tap or nullcontext():
-            maps = encode(encoder, batch.image, [*encoder.indices, *self.head.indices])
-        scores = self.head(maps)
-        losses = [classification_loss(self.head.pooled(part, batch.valid), tags) for part in scores.values()]
-        terms = {"classification": torch.stack(losses).sum()}
+            all_maps = self._maps(encoder, images.image)
+        terms = self.classifier.terms(encoder, images, all_maps)
         if not started:
             return terms
+        maps = {index: part[:own] for index, part in all_maps.items()}
         cams = self._cams(encoder, batch.image, tags)
         image = byte_image(batch.image.float(), self.preprocessing)
         labels = refined_labels(image, cams, tags, batch.valid, self.rule)
-        affinity = None if self.affinity is None or tap is None else self.affinity(tap.logits())
+        affinity = None if self.affinity is None or tap is None else self.affinity(tap.logits()[:own])
         stride = encoder.reductions[-1]
         grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
         targets, start = labels, self.settings.propagation_start
@@ -83,13 +97,13 @@ class TSCD(Method):
             # Of labels that the affinity had no part in, so that it does not confirm itself.
             pairs = affinity_labels(labels, grid, self.settings.affinity_radius)
             terms["affinity"] = self.settings.affinity_weight * affinity_loss(affinity, pairs)
-        terms |= self._small_view(network, batch, scores, cams, logits)
+        terms |= self._small_view(network, batch, maps, cams, logits)
         if self.settings.regulariser_weight:
             terms["gated_crf"] = self.settings.regulariser_weight * self.regulariser(logits, batch)
         return terms
 
     def _small_view(
-        self, network: SegmentationNetwork, batch: Batch, scores: dict[int, Tensor], cams: Tensor, logits: Tensor
+        self, network: SegmentationNetwork, batch: Batch, maps: dict[int, Tensor], cams: Tensor, logits: Tensor
     ) -> dict[str, Tensor]:
         """Terms that compare the image with a shrunken copy of itself."""
         settings, terms = self.settings, dict[str, Tensor]()
@@ -97,27 +111,30 @@ class TSCD(Method):
             return terms
         encoder, tags = network.encoder, batch.tags[:, 1:]
         image = shrunk_view(batch.image, settings.small_view, encoder.stride)
-        maps = encode(encoder, image, [*encoder.indices, *self.head.indices])
+        small_maps = self._maps(encoder, image)
         small_cams = self._cams(encoder, image, tags)
         if settings.correspondence_weight:
-            small = network.decoder(image, [maps[index] for index in encoder.indices])
+            small = network.decoder(image, [small_maps[index] for index in encoder.indices])
             loss: Tensor = self.correspondence(cams, small_cams, logits, small)
             terms["correspondence"] = settings.correspondence_weight * loss
         if settings.consistency_weight:
             if settings.consistency == "repaired":
-                index = self.head.cam_index(encoder, settings.cams.depth)
-                views = (scores[index], self.head(maps)[index])
-                present = (tags == 1).float()[:, :, None, None]
-                cams, small_cams = (normalise_cams(view.float().relu()) * present for view in views)
+                views = ((batch.image, maps), (image, small_maps))
+                cams, small_cams = (
+                    self.classifier.view_cams(encoder, view, seen, batch.valid, tags) for view, seen in views
+                )
             loss = scale_consistency_loss(cams, small_cams, settings.consistency)
             terms["consistency"] = settings.consistency_weight * loss
         return terms
 
+    def _maps(self, encoder: Encoder, image: Tensor) -> dict[int, Tensor]:
+        """What decoder and classifier read."""
+        return encode(encoder, image, [*encoder.indices, *self.classifier.indices(encoder)])
+
     @torch.no_grad()
     def _cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
-        settings = self.settings.cams
         with _evaluating(encoder):
-            return self.head.cams(encoder, image.float(), settings.depth, settings.scales)
+            return self.classifier.cams(encoder, image.float(), tags)
 
 
 @contextmanager
