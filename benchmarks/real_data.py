@@ -41,6 +41,9 @@ PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
 _TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
 TEACHER = ("--set", f"method.teacher={_TEACHER}")
 ABSENT = ("--set", "method.absent={}")
+# At the image's own resolution: pairs up to 5 pixels apart, where the default has 8 in steps of 4.
+_KERNEL = "method.kernels=[{weight: 1.0, xy: 5.0, rgb: 0.4}]"
+FULL = ("--set", "method.stride=1", "--set", "method.radius=5", "--set", _KERNEL)
 CARRIED_TEACHER = (
     "--set",
     "method={name: partial_ce, propagate: {tokens: {images: true}}, teacher: " + _TEACHER + "}",
@@ -54,6 +57,7 @@ SETTINGS = (
     Setting("voc-points-default", "voc_animals", "points", ""),
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf"),
+    Setting("voc-scribbles-gated-full", "voc_animals", "scribbles", "gated_crf", extra=FULL),
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
     Setting("voc-scribbles-absent", "voc_animals", "scribbles", "gated_crf", extra=ABSENT),
@@ -76,10 +80,21 @@ SETTINGS = (
     Setting("camvid-masks", "camvid", "masks", "supervised"),
     Setting("camvid-scribbles-partial", "camvid", "scribbles", "partial_ce"),
     Setting("camvid-scribbles-gated", "camvid", "scribbles", "gated_crf"),
+    Setting("camvid-scribbles-gated-full", "camvid", "scribbles", "gated_crf", extra=FULL),
+    Setting("camvid-scribbles-absent-teacher", "camvid", "scribbles", "gated_crf", extra=(*ABSENT, *TEACHER)),
+    Setting("camvid-scribbles-full-teacher", "camvid", "scribbles", "gated_crf", extra=(*FULL, *ABSENT, *TEACHER)),
     Setting("camvid-scribbles-propagate", "camvid", "scribbles", "", extra=PROPAGATE),
     Setting("acdc-masks", "acdc_scribbles", "masks", "supervised", "foreground_miou"),
     Setting("acdc-scribbles-partial", "acdc_scribbles", "scribbles", "partial_ce", "foreground_miou"),
     Setting("acdc-scribbles-gated", "acdc_scribbles", "scribbles", "gated_crf", "foreground_miou"),
+    Setting(
+        "acdc-scribbles-absent-teacher",
+        "acdc_scribbles",
+        "scribbles",
+        "gated_crf",
+        "foreground_miou",
+        (*ABSENT, *TEACHER),
+    ),
     Setting("acdc-scribbles-propagate", "acdc_scribbles", "scribbles", "", "foreground_miou", PROPAGATE),
 )
 
