@@ -40,6 +40,8 @@ PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
 # Labels of the network's moving average, refined along the image.
 _TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
 TEACHER = ("--set", f"method.teacher={_TEACHER}")
+# The same, believed sooner and more.
+EARLY = ("--set", "method.teacher={refine: true, threshold: 0.5, start: 0.1, weight: 2.0}")
 ABSENT = ("--set", "method.absent={}")
 # At the image's own resolution: pairs up to 5 pixels apart, where the default has 8 in steps of 4.
 _KERNEL = "method.kernels=[{weight: 1.0, xy: 5.0, rgb: 0.4}]"
@@ -62,6 +64,7 @@ SETTINGS = (
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
     Setting("voc-scribbles-absent", "voc_animals", "scribbles", "gated_crf", extra=ABSENT),
     Setting("voc-scribbles-absent-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *TEACHER)),
+    Setting("voc-scribbles-early-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *EARLY)),
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
     Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
     Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
@@ -82,6 +85,7 @@ SETTINGS = (
     Setting("camvid-scribbles-gated", "camvid", "scribbles", "gated_crf"),
     Setting("camvid-scribbles-gated-full", "camvid", "scribbles", "gated_crf", extra=FULL),
     Setting("camvid-scribbles-absent-teacher", "camvid", "scribbles", "gated_crf", extra=(*ABSENT, *TEACHER)),
+    Setting("camvid-scribbles-early-teacher", "camvid", "scribbles", "gated_crf", extra=(*ABSENT, *EARLY)),
     Setting("camvid-scribbles-full-teacher", "camvid", "scribbles", "gated_crf", extra=(*FULL, *ABSENT, *TEACHER)),
     Setting("camvid-scribbles-propagate", "camvid", "scribbles", "", extra=PROPAGATE),
     Setting("acdc-masks", "acdc_scribbles", "masks", "supervised", "foreground_miou"),
