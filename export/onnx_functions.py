@@ -26,6 +26,8 @@ AFFINITY = "PairwiseAffinity"
 STEP = "PairwiseStep"
 _EPSILON = 1e-8
 _LOWEST = -1e30
+# `reference.cut_off` of float32.
+_CUT_OFF = -87.0
 
 
 def register_schemas() -> None:
@@ -71,8 +73,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         return opset.PairwiseAffinity(guide, parameters=parameters, plugin_namespace=DOMAIN, aot=1)
 
     def step(masks: Any, weights: Any, unary: Any, parameters: str, form: str, threads: int) -> Any:
-        inputs = (masks, weights) if unary is None else (masks, weights, unary)
-        return opset.PairwiseStep(*inputs, parameters=parameters, plugin_namespace=DOMAIN, aot=1)
+        if unary is not None:  # the plugin has no such form
+            return opset.PairwiseStep(masks, weights, unary, parameters=parameters)
+        return opset.PairwiseStep(masks, weights, parameters=parameters, plugin_namespace=DOMAIN, aot=1)
 
     ops = torch.ops.wsss
     return {ops.pairwise_affinity.default: affinity, ops.pairwise_step.default: step}
@@ -176,14 +179,19 @@ def affinity_function(parameters: PairwiseParameters, opset: int) -> onnx.Functi
         return body.function(AFFINITY, ["guide"], opset)
     count = len(parameters.offsets)
     differences = [body.add("Sub", body.neighbour(padded, size, k), "guide") for k in range(count)]
-    mean = body.add("Div", body.total(differences), body.constant(count))
+    # From the first neighbour on, so that the variance is exactly 0 where all are the same.
+    relative = [body.add("Sub", difference, differences[0]) for difference in differences]
+    mean = body.add("Div", body.total(relative), body.constant(count))
     squares = []
-    for difference in differences:
-        deviation = body.add("Sub", difference, mean)
+    for value in relative:
+        deviation = body.add("Sub", value, mean)
         squares.append(body.add("Mul", deviation, deviation))
     variance = body.add("Div", body.total(squares), body.constant(count - 1))
     deviation = body.add("Add", body.add("Sqrt", variance), body.constant(_EPSILON))
     divisor = body.add("Mul", deviation, body.constant(parameters.contrast))
+    # A channel whose contrasts are all the same cancels in the softmax; see `reference.affinity`.
+    flat = body.add("Equal", variance, body.constant(0))
+    divisor = body.add("Where", flat, body.constant(np.inf), divisor)
     scores = []
     for difference in differences:
         ratio = body.add("Div", difference, divisor)
@@ -218,7 +226,8 @@ def _variation(body: _Body, shifted: str) -> str:
 
 def _gaussian(body: _Body, padded: str, size: str) -> None:
     parameters = body.parameters
-    shape = body.add("Concat", body.integers(1, 1), size, axis=0)
+    batch = body.add("Shape", "guide", start=0, end=1)
+    shape = body.add("Concat", batch, body.integers(1), size, axis=0)
     ones = body.add("Expand", body.constant(np.ones((1, 1, 1, 1))), shape)
     inside = body.pad(ones, mode="constant")
     planes = []
@@ -246,7 +255,10 @@ def _term(body: _Body, term: GaussianTerm, square: str, distance: int) -> str:
             channels = body.add("Slice", square, body.integers(start), body.integers(end), body.integers(1))
             total = body.add("ReduceSum", channels, body.integers(1), keepdims=1)
             parts.append(body.add("Mul", total, body.constant(-0.5 / sigma**2)))
-    factor = body.constant(term.weight * np.exp(-0.5 * fixed))
+    weight = body.constant(term.weight)
     if not parts:
-        return factor
-    return body.add("Mul", body.add("Exp", body.total(parts)), factor)
+        return body.constant(term.weight * np.exp(-0.5 * fixed) if -0.5 * fixed >= _CUT_OFF else 0.0)
+    exponent = body.add("Add", body.total(parts), body.constant(-0.5 * fixed))
+    below = body.add("Less", exponent, body.constant(_CUT_OFF))
+    power = body.add("Where", below, body.constant(0), body.add("Exp", exponent))
+    return body.add("Mul", power, weight)

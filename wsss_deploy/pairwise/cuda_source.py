@@ -99,7 +99,7 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
     except (RuntimeError, BackendError) as error:
         raise BackendError(f"NVRTC cannot be loaded ({error}); pip install 'cuda-bindings[all]'") from error
     machine = architecture.startswith("sm_")
-    known = ptx_cache.key(text, *options, version, "cubin" if machine else "ptx")
+    known = ptx_cache.key(text, *options, version, "cubin" if machine else "ptx text")
     kept = ptx_cache.read(known)
     if kept is not None:
         return kept
@@ -117,6 +117,8 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
     size, read = ("nvrtcGetCUBINSize", "nvrtcGetCUBIN") if machine else ("nvrtcGetPTXSize", "nvrtcGetPTX")
     result: bytes = b" " * _checked(getattr(nvrtc, size)(program))
     getattr(nvrtc, read)(program, result)
+    if not machine:
+        result = result.rstrip(b"\0")  # a C string's end, which assemblers refuse in a file
     nvrtc.nvrtcDestroyProgram(program)
     ptx_cache.write(known, result)
     return result

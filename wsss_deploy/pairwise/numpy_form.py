@@ -17,6 +17,8 @@ _LOWEST = -1e30
 
 def affinity(guide: Floats, parameters: PairwiseParameters) -> Floats:
     """(N, G, H, W) to (N, K, H, W), see `reference.affinity`."""
+    if guide.dtype.itemsize < 4:  # too coarse for 1e-8 and 1e30
+        return affinity(guide.astype(np.float32), parameters).astype(guide.dtype)
     count = len(parameters.offsets)
     batch, _, height, width = guide.shape
     neighbours = _Neighbours(guide, parameters)
@@ -24,13 +26,15 @@ def affinity(guide: Floats, parameters: PairwiseParameters) -> Floats:
     if parameters.kind == "gaussian":
         return _gaussian(guide, neighbours, weights, parameters)
     mean = np.zeros_like(guide)
+    first = neighbours[0]
     for k in range(count):
-        mean += neighbours[k] - guide
+        mean += neighbours[k] - first
     mean /= count
     squares = np.zeros_like(guide)
     for k in range(count):
-        squares += (neighbours[k] - guide - mean) ** 2
+        squares += (neighbours[k] - first - mean) ** 2
     factor = 1 / (np.sqrt(squares / (count - 1)) + _EPSILON) / parameters.contrast
+    factor[squares == 0] = 0
     for k in range(count):
         weights[:, k] = -(((neighbours[k] - guide) * factor) ** 2).mean(1)
     _softmax(np.maximum(weights, _LOWEST, out=weights))
@@ -51,6 +55,9 @@ def affinity(guide: Floats, parameters: PairwiseParameters) -> Floats:
 
 def step(masks: Floats, weights: Floats, parameters: PairwiseParameters, unary: Floats | None = None) -> Floats:
     """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
+    if masks.dtype.itemsize < 4:
+        wide = [None if part is None else part.astype(np.float32) for part in (masks, weights, unary)]
+        return step(wide[0], wide[1], parameters, wide[2]).astype(masks.dtype)
     neighbours = _Neighbours(masks, parameters)
     total = np.zeros_like(masks)
     for k in range(len(parameters.offsets)):
@@ -74,7 +81,9 @@ def unary_of(masks: Floats, parameters: PairwiseParameters) -> Floats | None:
     """(N, C, H, W) logarithm of the scores for the mean-field form, None without it."""
     if parameters.mean_field is None:
         return None
-    return np.log(np.maximum(masks, np.asarray(parameters.mean_field.epsilon, masks.dtype)))
+    wide = masks.astype(np.float32) if masks.dtype.itemsize < 4 else masks
+    unary: Floats = np.log(np.maximum(wide, np.asarray(parameters.mean_field.epsilon, wide.dtype))).astype(masks.dtype)
+    return unary
 
 
 def resize(masks: Floats, height: int, width: int) -> Floats:
@@ -99,7 +108,7 @@ class _Neighbours:
         self.starts = [(reach + dy, reach + dx) for dy, dx in parameters.offsets]
         self.height, self.width = values.shape[2:]
         padding = ((0, 0), (0, 0), (reach, reach), (reach, reach))
-        self.padded = np.pad(values, padding, mode="edge") if values.size else values
+        self.padded = np.pad(values, padding, mode="edge" if values.size else "constant")
 
     def __getitem__(self, k: int) -> Floats:
         top, left = self.starts[k]
@@ -137,5 +146,11 @@ def _term(term: GaussianTerm, square: Floats, dy: int, dx: int) -> Floats:
         exponent += square[:, :3].sum(1) / term.sigma_rgb**2
     if term.sigma_features is not None:
         exponent += square[:, 3:].sum(1) / term.sigma_features**2
-    weights: Floats = term.weight * np.exp(-0.5 * exponent)
-    return weights
+    exponent *= -0.5
+    weights: Floats = term.weight * np.where(exponent < _cut_off(exponent.itemsize), 0, np.exp(exponent))
+    return weights.astype(square.dtype)
+
+
+def _cut_off(size: int) -> float:
+    """As in `reference`, which needs torch."""
+    return -708.0 if size > 4 else -87.0

@@ -31,17 +31,22 @@ def affinity(guide: Tensor, parameters: PairwiseParameters) -> Tensor:
     Returns:
         (N, K, H, W), K in the order of `parameters.offsets`.
     """
+    if guide.dtype.itemsize < 4:  # too coarse for 1e-8 and 1e30
+        return affinity(guide.float(), parameters).to(guide.dtype)
     if parameters.kind == "gaussian":
         return _gaussian(guide, parameters)
     neighbours = _Neighbours(guide, parameters)
     count = len(parameters.offsets)
-    # Differences to the centre: the variance is the same and small values lose no digits.
-    mean = _sum(neighbours[k] - guide for k in range(count)) / count
-    variance = _sum((neighbours[k] - guide - mean) ** 2 for k in range(count)) / (count - 1)
-    # The root's derivative at 0 is infinite; flat neighbourhoods get gradient 0 instead of NaN.
+    # Differences to one neighbour: the variance is the same, small values lose no digits, and it is exactly 0 where all
+    # neighbours are the same.
+    first = neighbours[0]
+    mean = _sum(neighbours[k] - first for k in range(count)) / count
+    variance = _sum((neighbours[k] - first - mean) ** 2 for k in range(count)) / (count - 1)
+    # There a channel's contrasts are all the same and cancel in the softmax, unless rounding of their 1e12 and more
+    # swallows the other channels. (And the root's derivative at 0 is infinite.)
     flat = variance == 0
-    deviation = torch.where(flat, 0, torch.where(flat, 1, variance).sqrt())
-    factor = 1 / (deviation + _EPSILON) / parameters.contrast
+    deviation = torch.where(flat, 1, variance).sqrt()
+    factor = torch.where(flat, 0, 1 / (deviation + _EPSILON) / parameters.contrast)
     contrast = [-(((neighbours[k] - guide) * factor) ** 2).mean(1) for k in range(count)]
     alpha = torch.stack(contrast, 1).clamp_min(_LOWEST).softmax(1)
     if parameters.kind == "par":
@@ -63,6 +68,9 @@ def step(masks: Tensor, weights: Tensor, parameters: PairwiseParameters, unary: 
     Returns:
         (N, C, H, W).
     """
+    if masks.dtype.itemsize < 4:
+        wide = [None if part is None else part.float() for part in (masks, weights, unary)]
+        return step(wide[0], wide[1], parameters, wide[2]).to(masks.dtype)
     neighbours = _Neighbours(masks, parameters)
     total = _sum(weights[:, k : k + 1] * neighbours[k] for k in range(len(parameters.offsets)))
     if parameters.mean_field is None or unary is None:
@@ -93,7 +101,8 @@ def unary_of(masks: Tensor, parameters: PairwiseParameters) -> Tensor | None:
     """(N, C, H, W) logarithm of the scores for the mean-field form, None without it."""
     if parameters.mean_field is None:
         return None
-    return masks.clamp_min(parameters.mean_field.epsilon).log()
+    wide = masks.float() if masks.dtype.itemsize < 4 else masks
+    return wide.clamp_min(parameters.mean_field.epsilon).log().to(masks.dtype)
 
 
 def resize(masks: Tensor, height: int, width: int) -> Tensor:
@@ -110,7 +119,12 @@ class _Neighbours:
         self.offsets: Sequence[tuple[int, int]] = parameters.offsets
         self.reach = parameters.reach
         self.height, self.width = values.shape[2:]
-        self.padded = F.pad(values, (self.reach,) * 4, mode="replicate") if values.numel() else values
+        padded = (self.height + 2 * self.reach, self.width + 2 * self.reach)
+        self.padded = (
+            F.pad(values, (self.reach,) * 4, mode="replicate")
+            if values.numel()
+            else values.new_empty(*values.shape[:2], *padded)
+        )
 
     def __getitem__(self, k: int) -> Tensor:
         top, left = (self.reach + o for o in self.offsets[k])
@@ -152,7 +166,13 @@ def _term(term: GaussianTerm, square: Tensor, dy: int, dx: int) -> Tensor:
         exponent = exponent + square[:, :3].sum(1) / term.sigma_rgb**2
     if term.sigma_features is not None:
         exponent = exponent + square[:, 3:].sum(1) / term.sigma_features**2
-    return term.weight * (-0.5 * exponent).exp()
+    exponent = -0.5 * exponent
+    return term.weight * torch.where(exponent < cut_off(exponent.dtype.itemsize), 0, exponent.exp())
+
+
+def cut_off(size: int) -> float:
+    """The exponent below which every form takes a Gaussian for 0, for numbers of `size` bytes: no normal number."""
+    return -708.0 if size > 4 else -87.0
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -94,11 +94,13 @@ WSSS_INLINE V exponential(V x) {
 }
 
 // Factor f of one guide channel such that the contrast is -(n - I)^2 f:  f = 1 / ((std + 1e-8) bandwidth)^2 / G.
-// `squares` is the sum over the K neighbours of squared deviations from their mean (sample variance, K - 1).
+// `squares` is the sum over the K neighbours of squared deviations from their mean (sample variance, K - 1). Where it is
+// 0, all contrasts of the channel are the same and cancel in the softmax, unless rounding of their 1e12 and more swallows
+// the other channels; f = 0 leaves them out.
 template <class V, class S>
 WSSS_INLINE V contrast_factor(V squares, S inverse_count, S bandwidth, S inverse_channels) {
   const V deviation = (Number<V>::root(squares * inverse_count) + S(1e-8)) * bandwidth;
-  return inverse_channels / (deviation * deviation);
+  return squares == S(0) ? V{} : inverse_channels / (deviation * deviation);
 }
 
 // The softmax's scores are held above this, so that contrasts of 1e8 squared stay finite.

@@ -49,12 +49,13 @@ __device__ void contrast(const Storage* guide, int channels, const Pixel& p, flo
   for (int k = 0; k < WSSS_COUNT; ++k) scores[k] = 0.0f;
   for (int c = 0; c < channels; ++c) {
     const Storage* plane = guide + (p.image * channels + c) * p.plane;
-    const float centre = float(plane[p.here()]);
+    const float centre = float(plane[p.here()]), first = float(plane[p.neighbour(0, 0, 0)]);
     float sum = 0.0f, squares = 0.0f;
-    for (int k = 0; k < WSSS_COUNT; ++k) sum += float(plane[p.neighbour(k, 0, 0)]) - centre;
+    // From the first neighbour on, so that the squares are exactly 0 where all neighbours are the same.
+    for (int k = 0; k < WSSS_COUNT; ++k) sum += float(plane[p.neighbour(k, 0, 0)]) - first;
     const float mean = sum * (1.0f / WSSS_COUNT);
     for (int k = 0; k < WSSS_COUNT; ++k) {
-      const float deviation = float(plane[p.neighbour(k, 0, 0)]) - centre - mean;
+      const float deviation = float(plane[p.neighbour(k, 0, 0)]) - first - mean;
       squares += deviation * deviation;
     }
     const float factor = contrast_factor(squares, 1.0f / (WSSS_COUNT - 1), float(WSSS_BANDWIDTH), 1.0f / channels);
@@ -121,8 +122,8 @@ extern "C" __global__ void wsss_pairwise_affinity(const Storage* guide, int batc
     w[k] = total * (p.inside(k) ? 1.0f : 0.0f);
     sum += w[k];
   }
-  const float scale = WSSS_NORMALISE && sum != 0.0f ? 1.0f / sum : 1.0f;
-  for (int k = 0; k < WSSS_COUNT; ++k) out[(long long)k * p.plane] = Storage(w[k] * scale);
+  const float divisor = WSSS_NORMALISE && sum != 0.0f ? sum : 1.0f;
+  for (int k = 0; k < WSSS_COUNT; ++k) out[(long long)k * p.plane] = Storage(w[k] / divisor);
 #else
   contrast(guide, channels, p, w);
   const float inverse = softmax_powers(w);
