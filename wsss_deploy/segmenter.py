@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
@@ -163,9 +164,9 @@ class Segmenter:
             ImageError: One of the images cannot be used; it is named.
             BackendError: The runtime failed.
             ArtifactError: The model gives no usable scores.
+            UsageError: It is one image.
         """
-        if isinstance(images, str | bytes | os.PathLike):
-            raise UsageError(f"predict_batch takes a list of images, found one {type(images).__name__}; use predict")
+        _check_several(images, "predict_batch")
         prepared: list[_Prepared] = []
         for index, image in enumerate(images):
             try:
@@ -205,7 +206,9 @@ class Segmenter:
             ImageError: One of the images cannot be used; it is named.
             BackendError: The runtime failed.
             ArtifactError: The model gives no usable scores.
+            UsageError: It is one image.
         """
+        _check_several(images, "predict_masks")
         pixels = [load_image(image) for image in images]
         found: dict[int, npt.NDArray[np.uint8]] = {}
         direct: dict[tuple[int, ...], list[int]] = {}
@@ -302,21 +305,26 @@ class Segmenter:
         """Segment images as they come, for example the frames of a video, in their order.
 
         Args:
-            images: Asked for the next one only from the thread that takes the results.
+            images: Asked for the next one only from the thread that takes the results, which keeps what it got (paths
+                aside): the source may put its next frame into the same buffer.
             batch: Images that are given to `predict_batch` together.
-            ahead: Batches that are read or predicted at most while results wait to be taken.
+            ahead: Batches that are read at most beyond the one whose results are next. With 0, and batch 1, each
+                result is given before the next image is asked for, as a source needs that waits for the answer. Else
+                at least one more batch is read before a result is given.
             workers: Threads that predict.
 
         Yields:
-            Results in the order of the images; an error is raised in its image's place.
+            Results in the order of the images. An error of an image, or of the source, is raised in its place, after
+            all results before it.
 
         Raises:
-            ImageError: An image cannot be used.
+            ImageError: An image cannot be used; its number in the stream is named.
             BackendError: The runtime failed.
-            UsageError: A number is below 1.
+            UsageError: A number is too small, or `images` is one image.
         """
         from wsss_deploy.streaming import predict_stream
 
+        _check_several(images, "predict_stream")
         return predict_stream(self.predict_batch, images, batch, ahead, workers)
 
     def _check(self, scores: npt.NDArray[np.float32], shape: tuple[int, ...]) -> None:
@@ -366,6 +374,16 @@ class _Prepared(NamedTuple):
     image: npt.NDArray[np.uint8]
     resized: npt.NDArray[np.uint8]
     milliseconds: float
+
+
+def _check_several(images: object, method: str) -> None:
+    """Refuse one image where several are expected: its letters or rows would be taken for images."""
+    dimensions = len(getattr(images, "shape", ()))  # 1: a column of paths
+    if dimensions in (2, 3) or isinstance(
+        images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | io.IOBase
+    ):
+        found = f"{type(images).__name__} of {dimensions} dimensions" if dimensions else type(images).__name__
+        raise UsageError(f"{method} takes several images, found one ({found}); use predict, or pass a list of images")
 
 
 def _milliseconds(since: float) -> float:
