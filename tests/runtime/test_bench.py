@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsss_deploy.artifact import save_model
 from wsss_deploy.bench.accuracy import find_pairs, mean_iou
 from wsss_deploy.bench.measure import Case, measure_apart
-from wsss_deploy.bench.report import markdown, violations
+from wsss_deploy.bench.report import markdown, short_names, violations
 from wsss_deploy.cli.bench import main
 from wsss_deploy.environment import describe_environment, query_gpus
 from wsss_deploy.errors import DataError
@@ -45,6 +46,8 @@ def test_the_command(color_onnx, data, tmp_path, capsys):
     assert row["p50_ms"] <= row["p95_ms"]
     assert row["first_mask_ms"] > row["open_ms"] > 0
     assert row["memory_mb"] > 10
+    assert row["network_px"] == 64
+    assert "| 60 (network 64) |" in told.out
     assert row["ran"]["providers"] == ["CPUExecutionProvider"]
     # By hand: red 840 of 1140, green all, blue 300 of 600 pixels.
     assert row["miou"] == pytest.approx((840 / 1140 + 1 + 300 / 600) / 3, abs=1e-6)
@@ -93,6 +96,45 @@ def test_data(data, color_segmenter):
     Image.fromarray(np.full((40, 60), 7, np.uint8)).save(data / "masks" / "b.png")
     with pytest.raises(DataError, match=r"b\.png: holds class id 7"):
         mean_iou(color_segmenter, find_pairs(data, "val"))
+
+
+def test_names_of_a_split_may_hold_spaces_and_suffixes(data):
+    for folder, name in (("images", "b.png"), ("masks", "b.png")):
+        (data / folder / name).rename(data / folder / "my photo.v2.png")
+    (data / "splits" / "val.txt").write_text("a.png\r\nmy photo.v2\n\nc\n")
+    assert [image.name for image, _ in find_pairs(data, "val")] == ["a.png", "my photo.v2.png", "c.png"]
+    assert all(mask.is_file() for _, mask in find_pairs(data, "val"))
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_a_listed_name_without_image_or_mask_is_an_error(data, folder):
+    (data / folder / "b.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 3 names have no image or no mask \(first: 'b'\)"):
+        find_pairs(data, "val")
+    (data / "splits" / "val.txt").write_text("\n")
+    with pytest.raises(DataError, match="names no image"):
+        find_pairs(data, "val")
+
+
+def test_a_network_of_one_size_tells_it(tiny_network, tiny_card, tmp_path):
+    fixed = tiny_card.preprocessing.model_copy(update={"fixed_size": 64})
+    save_model(tmp_path / "model.pt", tiny_card.model_copy(update={"preprocessing": fixed}), tiny_network.state_dict())
+    for size in (32, 128):
+        row = measure_apart(Case(model=str(tmp_path / "model.pt"), device="cpu", size=size, runs=1, threads=1))
+        assert row["network_px"] == 64
+        assert f"| {size} (network 64) |" in markdown([row], describe_environment())
+
+
+def test_models_of_one_name_are_told_apart():
+    names = ["a/model.onnx", "b/model.onnx", "b/other.pt", "x/c/last.pt", "y/c/last.pt", "a/model.onnx"]
+    assert list(short_names(names).values()) == [
+        "a/model.onnx",
+        "b/model.onnx",
+        "other.pt",
+        "x/c/last.pt",
+        "y/c/last.pt",
+    ]
+    assert short_names(["m.pt", "deep/m.pt", "./deep/m.pt"])["deep/m.pt"] == "deep/m.pt"
 
 
 def test_torch_is_measured_too(tiny_model):

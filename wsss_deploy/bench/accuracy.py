@@ -14,7 +14,7 @@ from wsss_deploy.segmenter import Segmenter
 
 
 def find_pairs(data: Path, split: str, most: int | None = None) -> list[tuple[Path, Path]]:
-    """Images and their masks: `images/NAME.*`, `masks/NAME.png`, names in `splits/SPLIT.txt`.
+    """Images and their masks: `images/NAME.*`, `masks/NAME.png`, names (or file names) by line in `splits/SPLIT.txt`.
 
     Args:
         data: The folder.
@@ -22,17 +22,24 @@ def find_pairs(data: Path, split: str, most: int | None = None) -> list[tuple[Pa
         most: At most this many, spread evenly over the split; None takes all.
 
     Raises:
-        DataError: The folder is laid out differently, or has no image with a mask in that split.
+        DataError: The folder is laid out differently, or the split is empty or names something without image or mask.
     """
     listing = data / "splits" / f"{split}.txt"
     if not listing.is_file():
         raise DataError(f"{data}: has no {listing.relative_to(data)}; expected images/, masks/ and splits/{split}.txt")
-    by_name = {path.stem: path for path in sorted((data / "images").glob("*"))}
-    names = listing.read_text().split()
-    pairs = [(by_name[name], data / "masks" / f"{name}.png") for name in names if name in by_name]
-    pairs = [pair for pair in pairs if pair[1].is_file()]
-    if not pairs:
-        raise DataError(f"{data}: no image of split '{split}' has a mask; pass a split with masks")
+    images = {name: path for path in sorted((data / "images").glob("*")) for name in (path.stem, path.name)}
+    names = [name for line in listing.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]
+    masks = {name: data / "masks" / f"{images[name].stem}.png" for name in names if name in images}
+    missing = [name for name in names if name not in masks or not masks[name].is_file()]
+    if missing or not names:
+        found = (
+            f"{len(missing)} of {len(names)} names have no image or no mask (first: '{missing[0]}')" if missing else ""
+        )
+        raise DataError(
+            f"{data}: split '{split}': {found or 'names no image'}; expected images/NAME.* and masks/NAME.png for each "
+            f"line of {listing.relative_to(data)}: add them, or pass a split with masks"
+        )
+    pairs = [(images[name], masks[name]) for name in names]
     if most is None or most >= len(pairs):
         return pairs
     return [pairs[index * len(pairs) // most] for index in range(most)]

@@ -20,7 +20,7 @@ class Case(BaseModel):
     Attributes:
         model: Path of the model file.
         device: As in `Segmenter`.
-        size: Pixels a side of the square image, and longer side at which the network sees images.
+        size: Pixels a side of the square image, and longer side at which the network is to see images.
         batch: Images a call for the throughput.
         runs: Timed calls.
         threads: CPU threads; None leaves the runtime's default.
@@ -69,7 +69,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Latency, throughput, memory, start-up and mIoU of a case, in this process.
 
     `bare_ms` is the runtime's call alone on a ready array, taken in turn with `predict`; `overhead` is what `predict`
-    takes beyond it and beyond the refinement, as a part of it, at the median.
+    takes beyond it and beyond the refinement, as a part of it, at the median. `network_px` is the longer side at which
+    the network really ran: the nearest multiple of its stride, or the one size of a graph that has only that.
 
     Args:
         case: What.
@@ -94,6 +95,7 @@ def measure(case: Case) -> dict[str, Any]:
     segmenter.predict(image)
     first = time.perf_counter()
     figures: dict[str, Any] = {
+        "network_px": segmenter.card.preprocessing.fixed_size or max(_network_size(segmenter, image)),
         "open_ms": (opened - start) * 1e3,
         "first_mask_ms": (first - start) * 1e3,
         **_latencies(segmenter, image, case.runs),
@@ -111,12 +113,16 @@ def measure(case: Case) -> dict[str, Any]:
     return {**told, **figures, "ran": segmenter.describe()}
 
 
+def _network_size(segmenter: Any, image: Any) -> tuple[int, int]:
+    from wsss_deploy.sizing import network_size
+
+    return network_size(image.shape[0], image.shape[1], segmenter.card)
+
+
 def _latencies(segmenter: Any, image: Any, runs: int) -> dict[str, float]:
     import numpy as np
 
-    from wsss_deploy.sizing import network_size
-
-    high, wide = network_size(image.shape[0], image.shape[1], segmenter.card)
+    high, wide = _network_size(segmenter, image)
     ready = np.ascontiguousarray(image[None, :high, :wide])
     if ready.shape[1:3] != (high, wide):
         ready = _image(max(high, wide))[None, :high, :wide]

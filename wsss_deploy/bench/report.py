@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from wsss_deploy.errors import UsageError
@@ -30,8 +31,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) 
         memory = f"{row['memory_mb']:.0f}"
         if "device_memory_mb" in row:
             memory += f" + {row['device_memory_mb']:.0f} GPU"
+        size = str(row["size"])
+        if row["network_px"] != row["size"]:
+            size += f" (network {row['network_px']})"
         cells = (
-            *(row["model"], f"{ran['backend']} {ran['version']}", ran["device"], str(row["size"])),
+            *(row["model"], f"{ran['backend']} {ran['version']}", ran["device"], size),
             *(f"{row['p50_ms']:.1f}", f"{row['p95_ms']:.1f}", f"{row['images_per_s']:.2f}", str(row["batch"])),
             *(memory, f"{row['first_mask_ms']:.0f}", f"{row['overhead']:+.1%}"),
             "none" if ran["refinement"]["form"] == "none" else f"{row['refinement']:+.1%}",
@@ -47,6 +51,21 @@ def markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) 
         f"OMP_NUM_THREADS {environment['omp_num_threads']}; {packages}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """The ends of paths, each as long as it takes to tell it from the other files.
+
+    Args:
+        models: Paths; the same file may occur again.
+    """
+    parts = {model: Path(model).absolute().parts for model in models}
+    names = {}
+    for model, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        length = next(n for n in range(1, len(own) + 1) if all(own[-n:] != other[-n:] for other in others))
+        names[model] = Path(*own[-length:]).as_posix()
+    return names
 
 
 def read_limits(given: Sequence[str], known: Sequence[str], option: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from wsss_deploy.artifact import check_path
 from wsss_deploy.backends import check_device_name
 from wsss_deploy.bench.measure import Case, measure_apart
-from wsss_deploy.bench.report import CEILINGS, FLOORS, markdown, read_limits, violations
+from wsss_deploy.bench.report import CEILINGS, FLOORS, markdown, read_limits, short_names, violations
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.environment import describe_environment
 from wsss_deploy.errors import BackendError, UsageError
@@ -34,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model.pt, model.onnx or model.engine")
     parser.add_argument("--device", action="append", metavar="D", help="auto, cpu, cuda or cuda:N; may be repeated")
-    parser.add_argument("--size", action="append", type=int, metavar="PX", help="pixels a side (default: 512)")
+    parser.add_argument(
+        "--size",
+        action="append",
+        type=int,
+        metavar="PX",
+        help="pixels a side (default: 512); a network of one size runs at its own, which is told",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images a call for images/s (default: 1)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed calls of a case (default: 20)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's)")
@@ -58,11 +64,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     ceilings = read_limits(arguments.ceiling, CEILINGS, "--ceiling")
     cases = _cases(arguments)
     rows: list[dict[str, Any]] = []
+    names = short_names(arguments.models)
     for case in cases:
         try:
-            rows.append(measure_apart(case))
+            row = measure_apart(case)
         except BackendError as error:
-            rows.append({**case.model_dump(), "model": Path(case.model).name, "error": str(error)})
+            row = {**case.model_dump(), "error": str(error)}
+        rows.append(row | {"model": names[case.model]})
     environment = describe_environment()
     table = markdown(rows, environment)
     problems = [row["error"] for row in rows if "error" in row] + violations(rows, floors, ceilings)
