@@ -98,8 +98,9 @@ def test_masks_that_do_not_fit_are_computed_in_full(probabilities, isa, value):
         PAR.model_copy(update={"dilations": (1,), "iterations": 101}),
         PAR.model_copy(update={"kind": "varm"}),
         GAUSSIAN.model_copy(update={"normalise": False}),
+        PUBLISHED.model_copy(update={"second_weight": 0.3}),
     ],
-    ids=["many steps", "negative weights", "sums above 1"],
+    ids=["many steps", "negative weights", "sums above 1", "masks that grow"],
 )
 def test_parameters_that_do_not_fit_are_computed_in_full(probabilities, isa, parameters):
     data = probabilities(height=30, width=41)

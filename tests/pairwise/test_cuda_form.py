@@ -6,6 +6,7 @@ steps, the cache on disk. What is not: the driver, the stream, the device's memo
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from wsss_deploy.pairwise import (
     PairwiseParameters,
     choose,
     cuda_form,
+    cuda_launch,
     cuda_source,
     forms,
     ptx_cache,
@@ -195,6 +197,7 @@ def test_nvrtc_runs_once_for_a_program(cache, cases, monkeypatch):
     text = cuda_source.source(cases["par"])
     first = cuda_source.compile_program(text, "pairwise.cu")
     assert b".entry wsss_pairwise_step" in first
+    assert b"\0" not in first, "an assembler stops there"
     monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", lambda *_: pytest.fail("compiled again"))
     assert cuda_source.compile_program(text, "pairwise.cu") == first
 
@@ -217,3 +220,43 @@ def test_on_a_gpu(case, scene, dtype):
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(captured, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_tensorrt_plugins_program_on_a_gpu(case, scene, dtype):
+    """The PTX that the plugin gives (tests/export/test_tensorrt_plugin.py), with its launch parameters."""
+    from cuda.bindings import driver
+
+    if case.mean_field is not None:
+        pytest.skip("the plugin has no such form")
+    data = scene(classes=11, height=41, width=67)
+    masks, guide = (torch.from_numpy(array).to("cuda", dtype) for array in (data.masks, data.guide))
+    code = cuda_source.ptx(case, "__half" if dtype == torch.float16 else "float")
+    status, module = driver.cuModuleLoadData(code + b"\0")
+    if status == driver.CUresult.CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+        pytest.skip("the driver is older than NVRTC's PTX")
+    assert status == driver.CUresult.CUDA_SUCCESS
+
+    def launch(kernel, inputs, out):
+        status, function = driver.cuModuleGetFunction(module, kernel.encode())
+        assert status == driver.CUresult.CUDA_SUCCESS
+        batch, channels, height, width = inputs[0].shape
+        values = (*(t.data_ptr() for t in inputs), batch, channels, height, width, out.data_ptr())
+        kinds = (*[ctypes.c_void_p] * len(inputs), *[ctypes.c_int] * 4, ctypes.c_void_p)
+        blocks = -(-batch * height * width // cuda_launch.BLOCK)
+        stream = torch.cuda.current_stream().cuda_stream
+        size = (blocks, 1, 1, cuda_launch.BLOCK, 1, 1, 0, stream)
+        (status,) = driver.cuLaunchKernel(function, *size, (values, kinds), 0)
+        assert status == driver.CUresult.CUDA_SUCCESS
+        return out
+
+    weights = guide.new_empty(len(guide), len(case.offsets), *guide.shape[2:])
+    launch("wsss_pairwise_affinity", [guide], weights)
+    out = masks
+    for _ in range(case.iterations):
+        out = launch("wsss_pairwise_step", [out, weights], torch.empty_like(out))
+    expected = reference.refine(masks.double().cpu(), guide.double().cpu(), case)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from wsss_deploy.pairwise import PairwiseParameters, affinity, native, numpy_form, reference, refine, step
+from wsss_deploy.errors import UsageError
+from wsss_deploy.pairwise import (
+    GaussianTerm,
+    PairwiseParameters,
+    affinity,
+    native,
+    numpy_form,
+    reference,
+    refine,
+    step,
+)
 
 SIZES = [(1, 1), (1, 40), (7, 3), (16, 16), (33, 65), (5, 600)]
 
@@ -120,13 +130,83 @@ def test_no_iterations_give_the_resized_masks(scene):
         np.testing.assert_allclose(refine(small, data.guide, parameters, form=form), expected, atol=1e-12)
 
 
-def test_half_precision_tensors_use_the_plain_form(scene):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tensors_use_the_plain_form(case, scene, dtype):
     data = scene(height=9, width=9)
-    guide, masks = both(data)
-    parameters = PairwiseParameters(dilations=(1, 2), iterations=2)
-    out = refine(masks.bfloat16(), guide.bfloat16(), parameters)
-    assert out.dtype == torch.bfloat16
-    assert (out.double() - refine(masks, guide, parameters)).abs().max() < 0.05
+    guide, masks = (part.to(dtype) for part in both(data))
+    out = refine(masks, guide, case)
+    assert out.dtype == dtype
+    expected = refine(masks.double(), guide.double(), case)
+    assert (out.double() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_half_precision_arrays(case, scene):
+    data = scene(height=9, width=9)
+    guide, masks = data.guide.astype(np.float16), data.masks.astype(np.float16)
+    out = refine(masks, guide, case)
+    assert out.dtype == np.float16
+    expected = refine(masks.astype(np.float64), guide.astype(np.float64), case)
+    np.testing.assert_allclose(out, expected, atol=0.005 * expected.max())
+
+
+@pytest.mark.parametrize("kind", ["par", "varm"])
+def test_a_channel_whose_neighbours_are_all_the_same_says_nothing(kind, isa):
+    """Only its centre differs: its contrast of 1e12 is every neighbour's, and must not swallow the other channels."""
+    rng = np.random.default_rng(3)
+    guide = rng.random((1, 3, 9, 9)).astype(np.float32)
+    guide[:, 2] = 0.3
+    guide[:, 2, 4, 4] += np.float32(1 / 255)
+    parameters = PairwiseParameters(kind=kind, dilations=(1,), second_weight=0.0)
+    without = guide[:, :2]
+    # The mean over channels has a third one that is 0 everywhere.
+    plain = parameters.model_copy(update={"bandwidth": parameters.contrast * (3 / 2) ** 0.5})
+    expected = numpy_form.affinity(without.astype(np.float64), plain)[:, :, 4, 4]
+    assert expected.max() > 0.2
+    compiled = np.empty((1, 8, 9, 9), np.float32)
+    native.affinity(parameters, guide, compiled, 1, isa)
+    torch_form = reference.affinity(torch.from_numpy(guide), parameters).numpy()
+    for found in (compiled, numpy_form.affinity(guide, parameters), torch_form):
+        np.testing.assert_allclose(found[:, :, 4, 4], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "weight"), [(1.36, 1.0), (1.315, 0.01), (1.2, 1e-30)])
+def test_gaussians_at_the_end_of_the_numbers(compiled, value, weight):
+    """A lone pixel whose weights are hardly numbers: the same in every form, their sum 1 or all 0."""
+    guide, masks = np.zeros((1, 1, 9, 9), np.float32), np.full((1, 2, 9, 9), 0.5, np.float32)
+    guide[0, 0, 4, 4] = value
+    term = GaussianTerm(weight=weight, sigma_rgb=0.1)
+    parameters = PairwiseParameters(kind="gaussian", dilations=(1,), terms=(term,), normalise=True, iterations=1)
+    found = {form: refine(masks, guide, parameters, form=form)[0, :, 4, 4] for form in ("cpu", "numpy")}
+    found["torch"] = refine(torch.from_numpy(masks), torch.from_numpy(guide), parameters, form="torch")[0, :, 4, 4]
+    for values in found.values():
+        np.testing.assert_allclose(values, 0.0 if value > 1.33 or weight < 1e-20 else 0.5, atol=1e-3)
+
+
+def test_what_is_not_finite_reaches_the_same_pixels(compiled):
+    parameters = PairwiseParameters(kind="varm", dilations=(2,), iterations=1)
+    masks = np.full((1, 1, 13, 13), 0.5, np.float32)
+    for place in ((6, 11), (11, 11), (12, 12), (0, 6)):
+        guide = np.random.default_rng(0).random((1, 3, 13, 13)).astype(np.float32)
+        guide[0, 1, *place] = np.nan
+        found = [np.isnan(refine(masks, guide, parameters, form=form)) for form in ("cpu", "numpy")]
+        np.testing.assert_array_equal(*found)
+        assert found[0].any()
+
+
+def test_an_empty_batch(case, compiled):
+    masks, guide = np.zeros((0, 4, 20, 24), np.float32), np.zeros((0, 3, 20, 24), np.float32)
+    for form in ("cpu", "numpy"):
+        assert refine(masks, guide, case, form=form).shape == masks.shape
+    wanted = torch.from_numpy(masks).requires_grad_()
+    for form in ("cpu", "torch"):
+        refine(wanted, torch.from_numpy(guide), case, form=form).sum().backward()
+        assert wanted.grad.shape == masks.shape
+
+
+def test_tensors_of_two_devices_are_refused(scene):
+    guide, masks = both(scene())
+    with pytest.raises(UsageError, match="masks is on cpu, guide on meta; move one of them"):
+        refine(masks, guide.to("meta"), PairwiseParameters())
 
 
 def test_step_alone(case, scene, compiled):

@@ -12,7 +12,14 @@ ort = pytest.importorskip("onnxruntime")
 
 from export.onnx_functions import attach_functions, translation_table  # noqa: E402
 from wsss_deploy.errors import ExportError  # noqa: E402
-from wsss_deploy.pairwise import PairwiseParameters, numpy_form, refine  # noqa: E402
+from wsss_deploy.pairwise import (  # noqa: E402
+    GaussianTerm,
+    MeanField,
+    PairwiseParameters,
+    affinity,
+    numpy_form,
+    refine,
+)
 
 
 def graph(parameters: PairwiseParameters, opset: int) -> onnx.ModelProto:
@@ -86,6 +93,34 @@ def test_torch_exports_the_nodes(scene):
         guide = torch.rand(shape)
         (out,) = run.run(None, {run.get_inputs()[0].name: guide.numpy()})
         np.testing.assert_allclose(out, Network()(guide), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gaussian_of_the_position_alone_has_the_batch_of_its_guide():
+    parameters = PairwiseParameters(kind="gaussian", radius=1, terms=(GaussianTerm(sigma_xy=3.0),), iterations=1)
+    model = graph(parameters, 18)
+    attach_functions(model, parameters)
+    model.graph.output.append(helper.make_tensor_value_info("weights", TensorProto.FLOAT, ["N", None, "H", "W"]))
+    masks, guide = np.full((2, 3, 7, 5), 0.5, np.float32), np.zeros((2, 3, 7, 5), np.float32)
+    _, weights = session(model).run(None, {"masks": masks, "guide": guide})
+    np.testing.assert_allclose(weights, affinity(guide, parameters), rtol=1e-6)
+
+
+def test_mean_field_steps_are_no_plugins(scene):
+    """TensorRT's plugin takes two inputs, these have three."""
+    terms = (GaussianTerm(sigma_rgb=0.1),)
+    parameters = PairwiseParameters(kind="gaussian", radius=1, terms=terms, iterations=1, mean_field=MeanField())
+    data = scene(dtype=np.float32, height=8, width=9)
+    arrays = (torch.from_numpy(data.masks), torch.from_numpy(data.guide))
+
+    class Model(torch.nn.Module):
+        def forward(self, masks, guide):
+            return refine(masks, guide, parameters, form="torch")
+
+    table = translation_table()
+    program = torch.onnx.export(Model().eval(), arrays, dynamo=True, custom_translation_table=table, verbose=False)
+    nodes = {node.op_type: {item.name for item in node.attribute} for node in program.model_proto.graph.node}
+    assert "plugin_namespace" in nodes["PairwiseAffinity"]
+    assert "plugin_namespace" not in nodes["PairwiseStep"]
 
 
 def test_functions_of_other_parameters_are_refused():

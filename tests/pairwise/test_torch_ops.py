@@ -60,6 +60,30 @@ def test_gradient_is_zero_not_nan_where_the_guide_is_flat(scene):
     assert torch.equal(guide.grad, torch.zeros_like(guide))
 
 
+def test_gradient_is_bounded_where_a_pixel_alone_differs(cases, form):
+    guide = torch.full((1, 2, 9, 9), 0.25, dtype=torch.float64)
+    guide[:, :, 4, 4] = 0.75
+    guide.requires_grad_()
+    for kind in ("par", "varm"):
+        weights = affinity(guide, cases[kind], form=form)
+        (gradient,) = torch.autograd.grad((weights**2).sum(), guide)
+        assert gradient.abs().max() < 100
+
+
+def test_torch_compile_takes_the_public_function_whole(scene):
+    guide, masks = tensors(scene)
+    compiled = torch.compile(refine, fullgraph=True, backend="aot_eager")
+    for iterations in (1, 3):
+        parameters = PairwiseParameters(dilations=(1, 2), iterations=iterations)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(masks, guide, parameters), refine(masks, guide, parameters))
+    wanted = masks.detach().clone().requires_grad_()
+    compiled(wanted, guide.detach(), parameters).square().sum().backward()
+    expected = masks.detach().clone().requires_grad_()
+    refine(expected, guide.detach(), parameters).square().sum().backward()
+    torch.testing.assert_close(wanted.grad, expected.grad)
+
+
 def test_gradients_flow_through_the_resize(scene):
     guide, masks = tensors(scene)
     masks = masks[:, :, ::2, ::2].clone().requires_grad_()

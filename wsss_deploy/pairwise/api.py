@@ -47,7 +47,7 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
     from wsss_deploy.pairwise import torch_ops
 
     name, count = _torch_form(form, guide, threads)
-    return cast("torch.Tensor", torch_ops.pairwise_affinity(guide, parameters.to_json(), name, count))
+    return cast("torch.Tensor", torch_ops.pairwise_affinity(guide, torch_ops.text_of(parameters), name, count))
 
 
 def step(
@@ -95,7 +95,9 @@ def step(
     from wsss_deploy.pairwise import torch_ops
 
     name, count = _torch_form(form, masks, threads)
-    return cast("torch.Tensor", torch_ops.pairwise_step(masks, weights, unary, parameters.to_json(), name, count))
+    return cast(
+        "torch.Tensor", torch_ops.pairwise_step(masks, weights, unary, torch_ops.text_of(parameters), name, count)
+    )
 
 
 def refine(
@@ -151,8 +153,10 @@ def refine(
     wants_gradient = torch.is_grad_enabled() and (masks.requires_grad or guide.requires_grad)
     if not wants_gradient and not torch.compiler.is_exporting():
         compact = storage == "compact"
-        return cast("torch.Tensor", torch_ops.pairwise_refine(masks, guide, parameters.to_json(), name, count, compact))
-    text = parameters.to_json()
+        return cast(
+            "torch.Tensor", torch_ops.pairwise_refine(masks, guide, torch_ops.text_of(parameters), name, count, compact)
+        )
+    text = torch_ops.text_of(parameters)
     weights = torch_ops.pairwise_affinity(guide, text, name, count)
     unary = reference.unary_of(masks, parameters)
     for _ in range(parameters.iterations):
@@ -165,11 +169,10 @@ def _numpy_form(form: str, array: NDArray[np.floating]) -> str:
 
 
 def _torch_form(form: str, tensor: torch.Tensor, threads: int | None) -> tuple[str, int]:
-    import torch
+    from wsss_deploy.pairwise import torch_ops
 
     kind = str(tensor.dtype).removeprefix("torch.")
-    chosen = choose(form, is_torch=True, device=str(tensor.device), dtype=kind)
-    return chosen.name, threads or torch.get_num_threads()
+    return torch_ops.chosen_form(form, str(tensor.device), kind), threads or 0
 
 
 def _check(arrays: dict[str, Any], *, resized: bool = False) -> None:
@@ -186,6 +189,8 @@ def _check(arrays: dict[str, Any], *, resized: bool = False) -> None:
     for name, array in others:
         if type(array) is not type(first) and isinstance(first, np.ndarray) != isinstance(array, np.ndarray):
             raise UsageError(f"{first_name} and {name} must both be numpy arrays or both torch tensors")
+        if not isinstance(first, np.ndarray) and array.device != first.device:
+            raise UsageError(f"{first_name} is on {first.device}, {name} on {array.device}; move one of them")
         if array.dtype != first.dtype:
             raise UsageError(f"{first_name} is {first.dtype}, {name} is {array.dtype}; convert one of them")
         if array.shape[0] != first.shape[0] or (not resized and array.shape[2:] != first.shape[2:]):

@@ -1,9 +1,9 @@
 """The operator as torch custom operators: eager, autograd, torch.compile, torch.export.
 
 `torch.ops.wsss.pairwise_affinity`, `pairwise_step` and `pairwise_refine` run the form that they are told
-("cpu", "cuda" or "torch"). Parameters travel as their canonical JSON, so a graph that contains the operators is
-complete. Gradients are first order; `pairwise_refine` has none (`api.refine` uses the other two where one
-is wanted).
+("cpu", "cuda" or "torch"); `threads` of 0 are as many as torch has. Parameters travel as their canonical JSON, so a
+graph that contains the operators is complete. Gradients are first order; `pairwise_refine` has none (`api.refine` uses
+the other two where one is wanted).
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wsss_deploy.pairwise import cuda_form, native, reference
+from wsss_deploy.pairwise.forms import choose
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 _COMPILED = ("cpu", "cuda")
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how it is found out, and it does not change
+def chosen_form(form: str, device: str, dtype: str) -> str:
+    """The name of the form that tensors get; args and errors as in `forms.choose`."""
+    return choose(form, is_torch=True, device=device, dtype=dtype).name
+
+
+@torch.compiler.assume_constant_result
+def text_of(parameters: PairwiseParameters) -> str:
+    """The JSON text of a parameters object, which is frozen."""
+    return parameters.to_json()
 
 
 @functools.lru_cache(maxsize=64)
@@ -37,7 +50,7 @@ def pairwise_affinity(guide: Tensor, parameters: str, form: str, threads: int) -
     if form == "cuda":
         cuda_form.affinity(settings, guide.detach().contiguous(), weights)
         return weights
-    native.affinity(settings, guide.detach().contiguous(), weights, threads)
+    native.affinity(settings, guide.detach().contiguous(), weights, threads or torch.get_num_threads())
     return weights
 
 
@@ -55,7 +68,7 @@ def pairwise_step(
     if form == "cuda":
         cuda_form.step(settings, *inputs, out)
     else:
-        native.step(settings, *inputs, out, threads)
+        native.step(settings, *inputs, out, threads or torch.get_num_threads())
     return out
 
 
@@ -73,7 +86,7 @@ def pairwise_refine(
     if form == "cuda":
         cuda_form.refine(settings, *inputs, out)
     else:
-        native.refine(settings, *inputs, out, threads, compact=compact)
+        native.refine(settings, *inputs, out, threads or torch.get_num_threads(), compact=compact)
     return out
 
 
