@@ -1,13 +1,15 @@
 """What an ONNX file may not do, found before a runtime reads it: without an ONNX library, without copying its tensors.
 
-Refused are tensors whose data lies outside of the file's folder, tensors that declare more than is there, and operators
-of domains that no runtime of ours has. Lengths in the file are not trusted, and nesting is limited.
+Refused are tensors whose data lies outside of the file's folder, tensors that declare more than is there, sparse
+tensors, operators of domains that no runtime of ours has, and functions that call one another without end or grow
+beyond measure when they are inlined. Lengths in the file are not trusted, and nesting is limited.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -16,15 +18,24 @@ from wsss_deploy.errors import ArtifactError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 #: Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER, _FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN = 1, 5, 1, 7, 10
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
+_FUNCTION_NAME, _FUNCTION_NODE, _FUNCTION_DOMAIN, _FUNCTION_DEFAULT = 1, 7, 10, 11
 _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
+_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_STRING, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 6, 8, 9, 13
+_STRING = 8
 #: Domains whose operators ONNX Runtime brings along; others have to be functions of the file.
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
-#: Bytes of an element by TensorProto.DataType; strings and types below a byte count as if empty.
-_ITEM = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
-_DEEPEST = 16
+#: Bits of an element by TensorProto.DataType; of a string, one byte of the file at least.
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
+_BITS |= {16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
+_DEEPEST, _LONGEST_TEXT = 16, 4096
+#: Functions that call functions, and nodes once all of them are inlined; a refining graph of ours has some thousands.
+_DEEPEST_CALL, _MOST_NODES = 32, 200_000
+
+#: Domain and name of a function; None is the graph.
+_Owner = tuple[str, str] | None
 
 
 class _Malformed(Exception):
@@ -57,21 +68,50 @@ class _Checker:
     def __init__(self, path: Path, view: memoryview) -> None:
         self._path, self._view = path, view
         self._functions: set[tuple[str, str]] = set()
+        self._owner: _Owner = None
+        # Nodes of the graph and of each function, and the functions among them.
+        self._nodes: Counter[_Owner] = Counter()
+        self._calls: defaultdict[_Owner, Counter[_Owner]] = defaultdict(Counter)
+        self._inlined: dict[_Owner, int] = {}
 
     def model(self) -> None:
         parts = list(_fields(self._view, 0, len(self._view)))
         for field, begin, end in parts:
             if field == _MODEL_FUNCTIONS:
-                texts = dict.fromkeys((_FUNCTION_NAME, _FUNCTION_DOMAIN), "")
-                texts.update(self._texts(begin, end, texts))
-                self._functions.add((texts[_FUNCTION_DOMAIN], texts[_FUNCTION_NAME]))
+                self._functions.add(self._function(begin, end))
         for field, begin, end in parts:
             if field == _MODEL_GRAPH:
                 self._graph(begin, end, 0)
             elif field == _MODEL_FUNCTIONS:
+                self._owner = self._function(begin, end)
                 for inner, first, last in _fields(self._view, begin, end):
                     if inner == _FUNCTION_NODE:
                         self._node(first, last, 0)
+                    elif inner == _FUNCTION_DEFAULT:
+                        self._attribute(first, last, 0)
+                self._owner = None
+        if self._size(None, 0) > _MOST_NODES:
+            raise ArtifactError(
+                f"{self._path}: its functions call one another so often that more than {_MOST_NODES:,} operators would "
+                "have to run; it is hostile: use a file of wsss-export"
+            )
+
+    def _function(self, begin: int, end: int) -> tuple[str, str]:
+        texts = dict.fromkeys((_FUNCTION_NAME, _FUNCTION_DOMAIN), "")
+        texts.update(self._texts(begin, end, texts))
+        return texts[_FUNCTION_DOMAIN], texts[_FUNCTION_NAME]
+
+    def _size(self, owner: _Owner, depth: int) -> int:
+        """Nodes of the graph or a function once every call in it is inlined."""
+        if depth > _DEEPEST_CALL:
+            raise ArtifactError(
+                f"{self._path}: its functions call one another more than {_DEEPEST_CALL} deep, or without end; use a "
+                "file of wsss-export"
+            )
+        if owner not in self._inlined:
+            called = sum(self._size(inner, depth + 1) * count for inner, count in self._calls[owner].items())
+            self._inlined[owner] = self._nodes[owner] + called
+        return self._inlined[owner]
 
     def _graph(self, begin: int, end: int, depth: int) -> None:
         if depth > _DEEPEST:
@@ -81,6 +121,8 @@ class _Checker:
                 self._node(first, last, depth)
             elif field == _GRAPH_INITIALIZER:
                 self._tensor(first, last)
+            elif field == _GRAPH_SPARSE:
+                self._refuse_sparse()
 
     def _node(self, begin: int, end: int, depth: int) -> None:
         texts = dict.fromkeys((_NODE_OP, _NODE_DOMAIN), "")
@@ -91,17 +133,31 @@ class _Checker:
                 f"{self._path}: needs the operator '{domain}::{operator}', which is neither standard nor a function of "
                 "the file; export it with wsss-export"
             )
+        self._nodes[self._owner] += 1
+        if (domain, operator) in self._functions:
+            self._calls[self._owner][domain, operator] += 1
         for field, first, last in _fields(self._view, begin, end):
             if field == _NODE_ATTRIBUTE:
-                for inner, low, high in _fields(self._view, first, last):
-                    if inner in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                        self._tensor(low, high)
-                    elif inner in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                        self._graph(low, high, depth + 1)
+                self._attribute(first, last, depth)
+
+    def _attribute(self, begin: int, end: int, depth: int) -> None:
+        for field, first, last in _fields(self._view, begin, end):
+            if field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                self._tensor(first, last)
+            elif field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                self._graph(first, last, depth + 1)
+            elif field in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES):
+                self._refuse_sparse()
+
+    def _refuse_sparse(self) -> None:
+        # A few bytes of it stand for any number of elements, which a runtime writes out.
+        raise ArtifactError(
+            f"{self._path}: holds a sparse tensor, which wsss-export never writes; refused: use a file of wsss-export"
+        )
 
     def _tensor(self, begin: int, end: int) -> None:
         sides: list[int] = []
-        kind, raw, external, name = 0, None, {}, ""
+        kind, raw, strings, external, name = 0, None, 0, {}, ""
         for field, first, last in _fields(self._view, begin, end):
             if field == _TENSOR_DIMS:
                 # One number, or many packed into bytes; both are numbers between the two positions.
@@ -112,15 +168,19 @@ class _Checker:
                 kind = _varint(self._view, first, last)[0]
             elif field == _TENSOR_RAW:
                 raw = last - first
+            elif field == _TENSOR_STRING:
+                strings += 1
             elif field == _TENSOR_NAME:
                 name = bytes(self._view[first:last]).decode()
             elif field == _TENSOR_EXTERNAL:
                 texts = self._texts(first, last, (1, 2))
                 external[texts.get(1, "")] = texts.get(2, "")
-        declared = math.prod(sides) * _ITEM.get(kind, 0)
+        count = math.prod(sides)
+        declared = (count * _BITS.get(kind, 8) + 7) // 8
+        there = strings if kind == _STRING else raw
         if external:
             self._outside(name, external, declared)
-        elif declared > len(self._view) or (raw is not None and kind in _ITEM and raw != declared):
+        elif declared > len(self._view) or (there is not None and kind in _BITS and there != declared):
             raise ArtifactError(
                 f"{self._path}: tensor '{name[:80]}' declares {' x '.join(map(str, sides[:8]))} elements, which the "
                 "file has not; it is damaged or hostile: export it again"
@@ -133,7 +193,9 @@ class _Checker:
         folder = self._path.parent.resolve()
         target = folder / location if location and "\0" not in location else folder
         inside = not relative.is_absolute() and not PureWindowsPath(location).drive and ".." not in relative.parts
-        if not inside or "\\" in location or target == folder or folder not in target.resolve().parents:
+        # The last is ONNX Runtime's own sign for an address in its memory.
+        inside = inside and "\\" not in location and "_ORT_MEM_ADDR_" not in location
+        if not inside or target == folder or folder not in target.resolve().parents:
             raise ArtifactError(
                 f"{self._path}: tensor '{name[:80]}' asks for data in '{location[:200]}', outside of the model's "
                 "folder; refused: use a file of wsss-export, which holds all of its data"
@@ -150,12 +212,13 @@ class _Checker:
 
     def _texts(self, begin: int, end: int, wanted: Iterable[int]) -> dict[int, str]:
         """Short text fields of a message by number."""
-        numbers = set(wanted)
-        return {
-            field: bytes(self._view[first : min(last, first + 4096)]).decode()
-            for field, first, last in _fields(self._view, begin, end)
-            if field in numbers
-        }
+        numbers, texts = set(wanted), {}
+        for field, first, last in _fields(self._view, begin, end):
+            if field in numbers:
+                if last - first > _LONGEST_TEXT:
+                    raise _Malformed(f"a name of {last - first} bytes")
+                texts[field] = bytes(self._view[first:last]).decode()
+        return texts
 
 
 def _fields(view: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, int]]:

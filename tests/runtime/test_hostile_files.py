@@ -40,9 +40,10 @@ def outside(model, location, **entries):
         tensor.external_data.add(key=key, value=str(value))
 
 
-@pytest.mark.parametrize(
-    "location", ["/etc/passwd", "../secret", "a/../../secret", "..\\secret", "C:\\secret", "", ".", "link", "a\0b"]
-)
+LOCATIONS = ["/etc/passwd", "../secret", "a/../../secret", "..\\secret", "C:\\secret", "", ".", "link", "a\0b"]
+
+
+@pytest.mark.parametrize("location", [*LOCATIONS, "*/_ORT_MEM_ADDR_/*"])
 def test_data_outside_of_the_folder_is_refused(model, tmp_path, location):
     (tmp_path / "secret").write_bytes(bytes(64))
     folder = tmp_path / "in"
@@ -76,6 +77,87 @@ def test_tensors_that_declare_more_than_there_is(model, tmp_path, dims, where):
         model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["huge"], value=tensor))
     with pytest.raises(ArtifactError, match="tensor 'huge' declares"):
         Segmenter(saved(model, tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["STRING", "FLOAT8E4M3FN", "INT4", "FLOAT4E2M1"])
+def test_types_of_few_bits_and_strings_are_counted(model, tmp_path, kind):
+    tensor = onnx.TensorProto(name="huge", data_type=getattr(onnx.TensorProto, kind), dims=[2**34])
+    if kind != "STRING":
+        tensor.raw_data = bytes(16)
+    model.graph.initializer.append(tensor)
+    with pytest.raises(ArtifactError, match="tensor 'huge' declares"):
+        check_onnx(saved(model, tmp_path))
+
+
+def test_tensors_of_few_bits_and_strings_that_are_whole(model, tmp_path):
+    onnx_types = onnx.TensorProto
+    for kind, content in ((onnx_types.INT4, {"raw_data": bytes(2)}), (onnx_types.FLOAT8E5M2, {"raw_data": bytes(3)})):
+        model.graph.initializer.append(onnx.TensorProto(name=str(kind), data_type=kind, dims=[3], **content))
+    texts = onnx_types(name="texts", data_type=onnx_types.STRING, dims=[2], string_data=[b"a", b""])
+    model.graph.initializer.append(texts)
+    check_onnx(saved(model, tmp_path))
+
+
+def test_a_name_that_hides_its_end(model, tmp_path):
+    outside(model, "./" * 2045 + "model.onnx/../../secret")
+    with pytest.raises(ArtifactError, match="a name of 4113 bytes"):
+        check_onnx(saved(model, tmp_path))
+
+
+@pytest.mark.parametrize("where", ["graph", "attribute"])
+def test_sparse_tensors_are_refused(model, tmp_path, where):
+    values = onnx.TensorProto(name="few", data_type=onnx.TensorProto.FLOAT, dims=[1], raw_data=bytes(4))
+    indices = onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=[1], raw_data=bytes(8))
+    sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[2**34])
+    if where == "graph":
+        model.graph.sparse_initializer.append(sparse)
+    else:
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["few"], sparse_value=sparse))
+    with pytest.raises(ArtifactError, match="holds a sparse tensor"):
+        check_onnx(saved(model, tmp_path))
+
+
+def add_function(model, name, called):
+    function = model.functions.add(name=name, domain="local", input=["x"], output=["y"])
+    function.opset_import.extend([onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("local", 1)])
+    names = ["x", *(f"m{index}" for index in range(len(called) - 1)), "y"]
+    for operator, before, after in zip(called, names, names[1:], strict=False):
+        domain = "local" if operator.startswith("F") else ""
+        function.node.append(onnx.helper.make_node(operator, [before], [after], domain=domain))
+    return function
+
+
+def call(model, name):
+    model.opset_import.append(onnx.helper.make_opsetid("local", 1))
+    model.graph.node.insert(0, onnx.helper.make_node(name, ["image"], ["z"], domain="local"))
+
+
+def test_functions_that_double_at_every_call(model, tmp_path):
+    add_function(model, "F0", ["Neg"])
+    for index in range(1, 30):
+        add_function(model, f"F{index}", [f"F{index - 1}"] * 2)
+    call(model, "F10")  # a thousand operators are a model
+    check_onnx(saved(model, tmp_path))
+    model.graph.node[0].op_type = "F29"
+    with pytest.raises(ArtifactError, match="more than 200,000 operators"):
+        check_onnx(saved(model, tmp_path))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5000])
+def test_functions_that_call_one_another_without_end(model, tmp_path, length):
+    for index in range(length):
+        add_function(model, f"F{index}", [f"F{(index + 1) % length}"])
+    call(model, "F0")
+    with pytest.raises(ArtifactError, match="without end"):
+        check_onnx(saved(model, tmp_path))
+
+
+def test_defaults_of_functions_are_checked(model, tmp_path):
+    tensor = onnx.TensorProto(name="huge", data_type=onnx.TensorProto.FLOAT, dims=[2**40], raw_data=bytes(4))
+    function = add_function(model, "F", ["Neg"])
+    function.attribute_proto.append(onnx.helper.make_attribute("value", tensor))
+    with pytest.raises(ArtifactError, match="tensor 'huge' declares"):
+        check_onnx(saved(model, tmp_path))
 
 
 def test_operators_of_unknown_domains(model, tmp_path):
