@@ -20,7 +20,7 @@ from export.antialias import write_out_antialiased
 from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
 from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
-from export.quantise import LADDER, quantise
+from export.quantise import FEWEST, LADDER, quantise, split_images
 from wsss_deploy import __version__
 from wsss_deploy.artifact import CARD_KEY, load_model, report_name
 from wsss_deploy.card import ModelCard, Refinement
@@ -68,7 +68,8 @@ def export_onnx(
         model: The `model.pt`.
         out: Folder for the files; made if absent.
         opset: ONNX opset, one of `OPSETS`.
-        images: Real images for the parity check; it always runs on procedural ones, too.
+        images: Real images for the parity check; it always runs on procedural ones, too. int8 is calibrated on some
+            of them and judged on others, where there are enough.
         refine: Put the card's refinement (or else the package's) into the graph, for runtimes other than ours. Without
             it `Segmenter` refines as the card says, with the compiled operator, many times faster.
         size: The graph pads images to this many pixels a side and takes no larger ones; None leaves the size open where
@@ -88,16 +89,21 @@ def export_onnx(
     card, state_dict = load_model(source)
     _log.info("Exporting %s (%s) at opset %d", source.name, card.architecture.encoder, opset)
     name = MODELS[precision]
+    calibration, judged = split_images(images) if precision == "int8" else ((), images)
+    if precision == "int8" and len(images) < FEWEST:
+        _log.warning(
+            "int8 is judged on the images that it is calibrated on; give %d or more to keep some apart", FEWEST
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the slow part, so that a folder that cannot be written is told at once.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
             candidate = Path(scratch) / name
             proto = build_graph(card, state_dict, opset, source.name, refine=refine, size=size)
-            for form in _forms(proto, precision, images):
+            for form in _forms(proto, precision, calibration):
                 onnx.save(form, candidate)
                 _log.info("Checking it against torch")
-                report = check_parity(source, candidate, images, THRESHOLDS[precision], data)
+                report = check_parity(source, candidate, judged, THRESHOLDS[precision], data)
                 if report.passed:
                     break
             if not report.passed:

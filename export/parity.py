@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -37,6 +38,8 @@ import onnxruntime
 REPORT_FAILED = "parity_failed.json"
 MOST_IMAGES = 8
 MOST_LABELLED = 50
+#: Share of the compared pixels below which a class's IoU is that of a few pixels, and chance.
+SMALLEST_CLASS = 0.001
 PATTERN = "pattern"
 
 _Images = npt.NDArray[np.uint8]
@@ -52,8 +55,12 @@ class Thresholds:
         score_max: Largest absolute difference of a probability.
         score_mean: Mean absolute difference of the probabilities.
         tie: Where torch's two best classes are closer than this, either may win. Twice `score_max`: whatever
-            differs beyond it cannot come from differences that `score_max` allows.
+            differs beyond it cannot come from differences that `score_max` allows. (Not of int8, whose `score_max`
+            allows anything.)
+        wrong: Largest share of pixels that differ elsewhere.
         final_agreement: Least share of equal pixels in the final masks.
+        class_iou: Least IoU of either's final masks for each class that torch gives to at least `SMALLEST_CLASS` of
+            the pixels. Without it, a small class could be lost altogether within `final_agreement`.
         miou_drop: Largest loss of mIoU on labelled images, of 1.
         patterns: Whether the limits hold on made-up images, too, or on real ones only.
     """
@@ -61,7 +68,9 @@ class Thresholds:
     score_max: float = 1e-3
     score_mean: float = 1e-5
     tie: float = 2e-3
+    wrong: float = 0.0
     final_agreement: float = 0.999
+    class_iou: float = 0.98
     miou_drop: float = 0.001
     patterns: bool = True
 
@@ -70,9 +79,9 @@ class Thresholds:
 #: rounding explains; int8 is calibrated on photographs and is not held to made-up patterns.
 THRESHOLDS = {
     "fp32": Thresholds(),
-    "fp16": Thresholds(score_max=0.1, score_mean=2e-3, tie=0.2, final_agreement=0.99, miou_drop=0.003),
-    "bf16": Thresholds(score_max=0.25, score_mean=5e-3, tie=0.5, final_agreement=0.98, miou_drop=0.003),
-    "int8": Thresholds(1.0, 0.03, 2.0, final_agreement=0.95, miou_drop=0.01, patterns=False),
+    "fp16": Thresholds(0.1, 2e-3, 0.2, final_agreement=0.99, class_iou=0.9, miou_drop=0.003),
+    "bf16": Thresholds(0.25, 5e-3, 0.5, final_agreement=0.98, class_iou=0.75, miou_drop=0.003),
+    "int8": Thresholds(1.0, 0.03, 0.5, wrong=0.01, final_agreement=0.95, class_iou=0.6, miou_drop=0.01, patterns=False),
 }
 
 
@@ -87,7 +96,7 @@ class Case:
         score_mean: Mean absolute difference.
         agreement: Share of pixels whose class ids are equal.
         ties: Pixels that differ where torch's two best classes are closer than the threshold.
-        wrong: Pixels that differ elsewhere; none may.
+        wrong: Pixels that differ elsewhere.
     """
 
     source: str
@@ -107,11 +116,13 @@ class Final:
         source: Where the image comes from.
         size: (H, W) of the image.
         agreement: Share of equal pixels of the two masks.
+        confusion: Pixels by torch's class and the exported model's, (C, C).
     """
 
     source: str
     size: tuple[int, int]
     agreement: float
+    confusion: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -145,11 +156,6 @@ class ParityReport:
         """Whether nothing exceeded a threshold."""
         return not self.problems
 
-    def _judged(self, items: Sequence[_Item]) -> Sequence[_Item]:
-        """What the limits hold for; everything where that is nothing."""
-        real = [item for item in items if item.source != PATTERN]
-        return items if self.thresholds.patterns or not real else real
-
     def to_json(self) -> str:
         """The content of `parity.json`."""
         content: dict[str, Any] = {
@@ -159,8 +165,12 @@ class ParityReport:
             "digests": self.card.digests,
             "score_max": max(case.score_max for case in self.cases),
             "score_mean": max(case.score_mean for case in self.cases),
-            "agreement": min(case.agreement for case in self._judged(self.cases)),
-            "final_agreement": min(item.agreement for item in self._judged(self.final)),
+            "agreement": min(case.agreement for case in _judged(self.cases, self.thresholds)),
+            "final_agreement": min(item.agreement for item in _judged(self.final, self.thresholds)),
+            "classes": {
+                self.card.classes[index]: {"share": round(share, 6), "iou": round(iou, 6)}
+                for index, share, iou in class_ious(_judged(self.final, self.thresholds))
+            },
             "miou": None if self.miou is None else {"torch": self.miou[0], "exported": self.miou[1]},
             "precision": self.card.precision,
             "thresholds": dataclasses.asdict(self.thresholds),
@@ -175,7 +185,7 @@ class ParityReport:
             },
             "seconds": round(self.seconds, 2),
             "cases": [dataclasses.asdict(case) for case in self.cases],
-            "final": [dataclasses.asdict(item) for item in self.final],
+            "final": [{"source": f.source, "size": f.size, "agreement": f.agreement} for f in self.final],
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -230,12 +240,16 @@ def check_parity(
     if not cases or not final:
         raise ParityError(f"{candidate.name}: takes none of the sizes that are compared; choose wider --shapes")
     miou = None if data is None else _mean_ious(both, data)
-    judged = [case for case in cases if thresholds.patterns or case.source != PATTERN]
-    problems = [problem for case in judged for problem in _case_problems(case, thresholds)]
+    problems = [problem for case in _judged(cases, thresholds) for problem in _case_problems(case, thresholds)]
     problems += [
         f"final mask of {item.source}: {item.agreement:.4%} of the pixels agree, not {thresholds.final_agreement:.1%}"
-        for item in final
-        if item.agreement < thresholds.final_agreement and (thresholds.patterns or item.source != PATTERN)
+        for item in _judged(final, thresholds)
+        if item.agreement < thresholds.final_agreement
+    ]
+    problems += [
+        f"class '{card.classes[index]}': IoU {iou:.3f} with torch's masks, not {thresholds.class_iou:g}"
+        for index, share, iou in class_ious(_judged(final, thresholds))
+        if share >= SMALLEST_CLASS and iou < thresholds.class_iou
     ]
     if miou is not None and not miou[0] - miou[1] <= thresholds.miou_drop:
         problems.append(f"mIoU falls from {miou[0]:.4f} to {miou[1]:.4f}, allowed is {thresholds.miou_drop:g}")
@@ -250,6 +264,25 @@ def check_parity(
         card,
         time.perf_counter() - start,
     )
+
+
+def class_ious(final: Sequence[Final]) -> list[tuple[int, float, float]]:
+    """Of each class that torch gives anywhere: id, share of the pixels, and IoU of the two masks over all images.
+
+    Args:
+        final: Images through `Segmenter` with either file.
+    """
+    confusion = np.sum([item.confusion for item in final], axis=0)
+    expected, both = confusion.sum(axis=1), np.diag(confusion)
+    either = expected + confusion.sum(axis=0) - both
+    total = int(expected.sum())
+    return [(int(k), float(expected[k] / total), float(both[k] / either[k])) for k in np.flatnonzero(expected)]
+
+
+def _judged(items: Sequence[_Item], thresholds: Thresholds) -> Sequence[_Item]:
+    """What the limits hold for; everything where that is nothing."""
+    real = [item for item in items if item.source != PATTERN]
+    return items if thresholds.patterns or not real else real
 
 
 def _mean_ious(both: tuple[Segmenter, Segmenter], data: tuple[Path, str]) -> tuple[float, float]:
@@ -391,14 +424,17 @@ def _case_problems(case: Case, thresholds: Thresholds) -> Iterator[str]:
         yield f"{where}: a probability differs by {case.score_max:.2g}, at most {thresholds.score_max:g} is allowed"
     if not case.score_mean <= thresholds.score_mean:
         yield f"{where}: probabilities differ by {case.score_mean:.2g} on average, allowed is {thresholds.score_mean:g}"
-    if case.wrong:
-        yield f"{where}: {case.wrong} pixels have another class"
+    if not case.wrong <= thresholds.wrong * math.prod(case.shape):
+        yield f"{where}: {case.wrong} pixels have another class, where torch's best two are {thresholds.tie:g} apart"
 
 
 def _final(expected: Segmenter, candidate: Segmenter, images: Sequence[tuple[str, _Images]]) -> Iterator[Final]:
     for source, image in images:
-        same = expected.predict(image).mask == candidate.predict(image).mask
-        yield Final(source, (image.shape[0], image.shape[1]), float(same.mean()))
+        first, second = expected.predict(image).mask, candidate.predict(image).mask
+        count = len(expected.card.classes)
+        pairs = np.bincount(first.ravel().astype(np.int64) * count + second.ravel(), minlength=count * count)
+        size = (image.shape[0], image.shape[1])
+        yield Final(source, size, float((first == second).mean()), pairs.reshape(count, count))
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ import onnx
 from PIL import Image
 
 from wsss_deploy.card import ModelCard
-from wsss_deploy.errors import ExportError
+from wsss_deploy.errors import ExportError, ImageError
 from wsss_deploy.images import load_image
 from wsss_deploy.sizing import network_size
 
@@ -30,11 +30,28 @@ LADDER = (
     "the attention, the ends and what follows activations",
     "the attention, the ends, what follows activations and the last three quarters of the products",
 )
+#: Images that are left out of the calibration to be judged on, where there are enough.
+HELD_OUT, FEWEST = 8, 8
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _ACTIVATIONS = frozenset({"Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 _PASSING = frozenset({"Add", "Mul", "Div", "Transpose", "Reshape", "Identity", "Cast"})
 
 _log = logging.getLogger(__name__)
+
+
+def split_images(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """What to calibrate on, and what to judge the result on: every fourth image, which the ranges do not come from.
+
+    Args:
+        images: All that are given; fewer than `FEWEST` are used for both.
+
+    Returns:
+        At most `MOST_IMAGES`, and at most `HELD_OUT`.
+    """
+    if len(images) < FEWEST:
+        return list(images), list(images)
+    held = list(images[::4][:HELD_OUT])
+    return [image for image in images if image not in held][:MOST_IMAGES], held
 
 
 def quantise(proto: onnx.ModelProto, card: ModelCard, images: Sequence[Path], rung: int) -> onnx.ModelProto:
@@ -48,6 +65,7 @@ def quantise(proto: onnx.ModelProto, card: ModelCard, images: Sequence[Path], ru
 
     Raises:
         ExportError: There is no image, or onnxruntime cannot quantise the graph.
+        ImageError: An image cannot be used.
     """
     if not images:
         raise ExportError(
@@ -74,6 +92,8 @@ def quantise(proto: onnx.ModelProto, card: ModelCard, images: Sequence[Path], ru
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=left_out,
             )
+        except ImageError:
+            raise
         except Exception as error:  # of many kinds
             reason = str(error).strip().partition("\n")[0][:200]
             raise ExportError(f"onnxruntime cannot quantise the graph ({reason}); use --precision fp32") from error

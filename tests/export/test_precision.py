@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,11 +17,12 @@ import export.onnx_graph
 from export.cli import main
 from export.formats import FORMATS, check, read_formats, table
 from export.half import to_half
+from export.parity import SMALLEST_CLASS, THRESHOLDS, Case, _case_problems, check_parity
 from export.patterns import pattern_image
-from export.quantise import LADDER, _left_out, quantise
+from export.quantise import LADDER, _left_out, quantise, split_images
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import read_card
-from wsss_deploy.errors import ExportError, UsageError
+from wsss_deploy.errors import ExportError, ImageError, UsageError
 
 pytestmark = pytest.mark.timeout(900)  # as in test_contract.py
 
@@ -118,7 +121,7 @@ def test_int8_has_the_contract_and_the_layers(single, exported, photos):
 
 
 def test_int8_that_fails_the_gate_climbs_the_ladder_and_leaves_nothing(traced, photos, tmp_path, monkeypatch, caplog):
-    from export.parity import THRESHOLDS, Thresholds
+    from export.parity import Thresholds
 
     monkeypatch.setitem(THRESHOLDS, "int8", Thresholds(score_mean=1e-9))
     with caplog.at_level("INFO"), pytest.raises(SystemExit) as ended:
@@ -166,3 +169,57 @@ def test_every_row_of_the_table_passes_the_check():
     assert [item.name for item in read_formats("triton, onnx,onnx")] == ["triton", "onnx"]
     with pytest.raises(UsageError):
         read_formats("")
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 3, 4])
+def test_a_class_that_vanishes_fails_whatever_else_agrees(single, exported, photos, tmp_path, lost):
+    images = sorted(photos.iterdir())
+    whole = check_parity(exported() / "model.pt", exported() / "model.onnx", images)
+    classes = json.loads(whole.to_json())["classes"]
+    assert whole.passed
+    assert sum(item["share"] for item in classes.values()) == pytest.approx(1, abs=1e-5)
+    name = whole.card.classes[lost]
+    if classes.get(name, {"share": 0})["share"] < SMALLEST_CLASS:
+        pytest.skip("this class is nowhere")
+    erased = onnx.ModelProto()
+    erased.CopyFrom(single)
+    for node in erased.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [{"scores": "full", "mask": "old"}.get(item, item) for item in names]
+    factors = np.ones((1, 5, 1, 1), np.float32)
+    factors[0, lost] = 0
+    erased.graph.initializer.append(onnx.numpy_helper.from_array(factors, "factors"))
+    erased.graph.node.extend(
+        [
+            onnx.helper.make_node("Mul", ["full", "factors"], ["scores"]),
+            onnx.helper.make_node("ArgMax", ["scores"], ["best"], axis=1, keepdims=0),
+            onnx.helper.make_node("Cast", ["best"], ["mask"], to=TensorProto.UINT8),
+        ]
+    )
+    onnx.save(erased, tmp_path / "model.onnx")
+    lenient = dataclasses.replace(THRESHOLDS["int8"], score_mean=1.0, tie=2.0, final_agreement=0.0)
+    report = check_parity(exported() / "model.pt", tmp_path / "model.onnx", images, lenient)
+    assert not report.passed
+    assert any(f"class '{name}': IoU 0.000 with torch's masks, not 0.6" in item for item in report.problems)
+
+
+def test_pixels_that_may_differ_where_nothing_is_tied():
+    few, many = (Case("x", (1, 10, 100), 0.9, 0.01, 0.98, 0, wrong) for wrong in (10, 11))
+    assert not list(_case_problems(few, THRESHOLDS["int8"]))
+    (problem,) = _case_problems(many, THRESHOLDS["int8"])
+    assert "11 pixels have another class, where torch's best two are 0.5 apart" in problem
+    assert list(_case_problems(few, THRESHOLDS["bf16"]))
+
+
+@pytest.mark.parametrize(("count", "calibrated", "judged"), [(3, 3, 3), (7, 7, 7), (8, 6, 2), (100, 32, 8)])
+def test_images_are_kept_apart_where_there_are_enough(count, calibrated, judged):
+    images = [Path(f"{index}.png") for index in range(count)]
+    ranges, held = split_images(images)
+    assert (len(ranges), len(held)) == (calibrated, judged)
+    assert count < 8 or not set(ranges) & set(held)
+
+
+def test_a_broken_image_is_named(single, exported, photos, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        quantise(single, read_card(exported() / "model.onnx"), [*photos.iterdir(), tmp_path / "broken.jpg"], 0)
