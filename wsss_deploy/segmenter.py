@@ -22,7 +22,7 @@ from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.refinement import Asked, decide
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.sizing import network_size
-from wsss_deploy.tiling import ArrayWindows, Block, Tiling, WindowReader, predict_blocks
+from wsss_deploy.tiling import ArrayWindows, Block, Tiling, WindowReader, joined, predict_blocks
 
 if TYPE_CHECKING:
     from wsss_deploy.networks import SegmentationNetwork
@@ -75,6 +75,7 @@ class Segmenter:
         self._card = read_card(model)
         if sizing is not None:
             self._card = self._card.model_copy(update={"sizing": sizing})
+            self._check_tile(sizing.tile or 0)
         self._choice = decide(refine, self._card, in_graph=model.suffix.lower() != ".pt")
         self._refiner = self._choice.refiner(threads)
         self._backend: Backend = open_backend(model, device, backend, threads)
@@ -249,12 +250,7 @@ class Segmenter:
         pixels = load_image(image)
         timing = {"pre": _milliseconds(start), "inference": 0.0, "refinement": 0.0, "post": 0.0}
         start = time.perf_counter()
-        mask = np.empty(pixels.shape[:2], np.uint8)
-        confidence = np.empty(pixels.shape[:2], np.float32)
-        for block in self.predict_blocks(ArrayWindows(pixels), tiling):
-            rows = slice(block.top, block.top + block.mask.shape[0])
-            columns = slice(block.left, block.left + block.mask.shape[1])
-            mask[rows, columns], confidence[rows, columns] = block.mask, block.confidence
+        mask, confidence = joined(self.predict_blocks(ArrayWindows(pixels), tiling), *pixels.shape[:2])
         timing["inference"] = _milliseconds(start)
         return Segmentation.from_mask(mask, confidence, pixels, self._card, timing)
 
@@ -278,9 +274,13 @@ class Segmenter:
         if tiling is None:
             tile = sizing.tile or min(512, fixed or 512)
             tiling = Tiling(tile, min(sizing.overlap, tile // 2))
-        if fixed is not None and tiling.tile > fixed:
-            raise UsageError(f"windows of {tiling.tile} pixels, but {self._source} takes at most {fixed}; use that")
+        self._check_tile(tiling.tile)
         return predict_blocks(self, image, tiling)
+
+    def _check_tile(self, tile: int) -> None:
+        fixed = self._card.preprocessing.fixed_size
+        if fixed is not None and tile > fixed:
+            raise UsageError(f"windows of {tile} pixels, but {self._source} takes at most {fixed}; use that")
 
     def scores_of(self, windows: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Class probabilities of images of one size at which the network sees them as they are, refined if that is on.

@@ -10,6 +10,8 @@ def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
 
     With `card.sizing.long_side`, the longer side becomes about that many pixels, whether this enlarges or reduces.
     Without it, the image keeps its size unless its longer side exceeds `max_long_side`; then that is the target.
+    With `card.sizing.tile`, larger images are cut (`wsss_deploy.tiling`) and those up to it keep their size, so that
+    the network sees all of them at the same scale.
     Where the preprocessing has a `fixed_size`, neither exceeds it.
     Whenever the size changes, both sides become the nearest multiple of the network's stride, at least one stride;
     `max_long_side` is never exceeded unless one stride already does. A size that is kept is not rounded: the network
@@ -27,7 +29,8 @@ def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
     sizing, stride = card.sizing, card.preprocessing.stride
     longer = max(height, width)
     largest = card.preprocessing.fixed_size or 10**9
-    if sizing.long_side is None and longer <= min(sizing.max_long_side, largest):
+    kept = sizing.tile or (sizing.max_long_side if sizing.long_side is None else 0)
+    if longer <= min(kept, largest):
         return height, width
     target = min(sizing.long_side or sizing.max_long_side, largest)
     most = largest if sizing.long_side else min(sizing.max_long_side, largest)

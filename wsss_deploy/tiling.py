@@ -3,28 +3,30 @@
 The image stays at its own size. Windows of `tile` pixels overlap; where they do, scores are averaged with weights that
 fall linearly towards a window's inner borders, so that no seam is seen. Where one window holds the image, the result is
 the whole image's, bit by bit; elsewhere a network that sees only its window differs near its borders by what it would
-have made of what lies beyond. Finished parts leave as blocks. The scores that are held at a time have a fixed budget,
-whatever the image's size: a wide image is worked off in columns, whose border windows are computed twice.
+have made of what lies beyond. Finished parts leave as blocks.
+
+What is held at a time does not depend on the image's size: two arrays of scores, of the strip that is worked on and of
+the windows that go through the network together, each of at most `SCORES_BYTES` or of one window's scores
+(4 x classes x tile^2 bytes), whichever is more. For that a wide image is worked off in columns, whose border windows are
+computed twice. What the runtime needs for those windows comes on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ImageError, UsageError
 from wsss_deploy.upsampling import best_class
 
-if TYPE_CHECKING:
-    from wsss_deploy.segmenter import Segmenter
-
-#: Bytes of the scores that are held at a time; a few arrays of this size are alive.
+#: Bytes of one array of scores, unless one window's take more; two such arrays are alive.
 SCORES_BYTES = 64 * 2**20
-#: Pixels that go through the network together.
+#: Pixels that go through the network together, unless one window has more.
 WINDOW_PIXELS = 1_000_000
 
 _Pixels = npt.NDArray[np.uint8]
@@ -45,6 +47,19 @@ class WindowReader(Protocol):
 
     def read(self, top: int, left: int, height: int, width: int) -> _Pixels:
         """RGB, uint8 (height, width, 3), of a window that lies inside the image."""
+        ...
+
+
+class WindowScorer(Protocol):
+    """A model that sees windows at their own size: `Segmenter`, `TritonSegmenter`."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card."""
+        ...
+
+    def scores_of(self, windows: Sequence[_Pixels]) -> _Scores:
+        """Class probabilities, float32 (N, C, H, W), of N windows of one size, uint8 (H, W, 3)."""
         ...
 
 
@@ -119,7 +134,7 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
     return [index * (length - tile) // (count - 1) for index in range(count)]
 
 
-def predict_blocks(segmenter: Segmenter, image: WindowReader, tiling: Tiling) -> Iterator[Block]:
+def predict_blocks(segmenter: WindowScorer, image: WindowReader, tiling: Tiling) -> Iterator[Block]:
     """Segment an image that is read by windows; parts are given as soon as they are finished.
 
     Args:
@@ -137,7 +152,9 @@ def predict_blocks(segmenter: Segmenter, image: WindowReader, tiling: Tiling) ->
     high, wide = min(tiling.tile, image.height), min(tiling.tile, image.width)
     rows = _Axis(image.height, high, tiling.overlap)
     columns = _Axis(image.width, wide, tiling.overlap)
-    together = max(1, SCORES_BYTES // (4 * len(segmenter.card.classes) * high * max(1, wide - tiling.overlap)))
+    # The last column is wider by what its windows share with no further ones.
+    width = SCORES_BYTES // (4 * len(segmenter.card.classes) * high) - tiling.overlap
+    together = max(1, width // max(1, wide - tiling.overlap))
     for first in range(0, len(columns.starts), together):
         last = first + together
         begin = columns.starts[first]
@@ -145,29 +162,53 @@ def predict_blocks(segmenter: Segmenter, image: WindowReader, tiling: Tiling) ->
         yield from _column(segmenter, image, rows, columns, (begin, end))
 
 
+def joined(blocks: Iterable[Block], height: int, width: int) -> tuple[npt.NDArray[np.uint8], _Scores]:
+    """Mask uint8 and confidence float32, (height, width), of the blocks of an image that fits into memory."""
+    mask, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
+    for block in blocks:
+        rows = slice(block.top, block.top + block.mask.shape[0])
+        columns = slice(block.left, block.left + block.mask.shape[1])
+        mask[rows, columns], confidence[rows, columns] = block.mask, block.confidence
+    return mask, confidence
+
+
 def _column(
-    segmenter: Segmenter, image: WindowReader, rows: _Axis, columns: _Axis, part: tuple[int, int]
+    segmenter: WindowScorer, image: WindowReader, rows: _Axis, columns: _Axis, part: tuple[int, int]
 ) -> Iterator[Block]:
     """The blocks of the image's columns [begin, end)."""
     begin, end = part
-    classes = len(segmenter.card.classes)
+    classes, pixels = len(segmenter.card.classes), rows.tile * columns.tile
     needed = [i for i, left in enumerate(columns.starts) if left < end and left + columns.tile > begin]
+    together = max(1, min(8, WINDOW_PIXELS // pixels, SCORES_BYTES // (4 * classes * pixels)))
+    groups = [needed[first : first + together] for first in range(0, len(needed), together)]
     width_sum = columns.summed(begin, end)
-    carried = np.zeros((classes, 0, end - begin), np.float32)
+    strip = np.zeros((classes, rows.tile, end - begin), np.float32)
     for index, top in enumerate(rows.starts):
-        strip = np.zeros((classes, rows.tile, end - begin), np.float32)
-        for number, scores in _windows(segmenter, image, top, rows.tile, columns, needed):
-            left = columns.starts[number]
-            low, high = max(left, begin), min(left + columns.tile, end)
-            weights = rows.weights[index][:, None] * columns.weights[number][low - left : high - left]
-            strip[:, :, low - begin : high - begin] += scores[:, :, low - left : high - left] * weights
-        strip[:, : carried.shape[1]] += carried
+        for group in groups:
+            windows = [_read(image, top, columns.starts[number], rows.tile, columns.tile) for number in group]
+            # The scores are nobody's when this returns: the next windows' are made while no others are held.
+            _blend(segmenter.scores_of(windows), strip, rows.weights[index], columns, group, part)
         bottom = rows.starts[index + 1] if index + 1 < len(rows.starts) else top + rows.tile
         done = bottom - top
-        carried = strip[:, done:].copy()
         finished = strip[:, :done]
         finished /= rows.summed(top, bottom)[:, None] * width_sum
         yield Block(top, begin, *best_class(finished, done, end - begin))
+        for channel in strip:  # numpy copies what it moves within an array: one channel at a time
+            channel[: rows.tile - done] = channel[done:]
+            channel[rows.tile - done :] = 0
+
+
+def _blend(
+    scores: _Scores, strip: _Scores, row_weights: _Scores, columns: _Axis, numbers: list[int], part: tuple[int, int]
+) -> None:
+    """Add the weighted scores of a row's windows to the strip of the columns `part`."""
+    begin, end = part
+    for number, window in zip(numbers, scores, strict=True):
+        left = columns.starts[number]
+        low, high = max(left, begin), min(left + columns.tile, end)
+        weights = row_weights[:, None] * columns.weights[number][low - left : high - left]
+        for channel, found in zip(strip, window, strict=True):
+            channel[:, low - begin : high - begin] += found[:, low - left : high - left] * weights
 
 
 class _Axis:
@@ -197,17 +238,6 @@ class _Axis:
             if low < high:
                 total[low - begin : high - begin] += weights[low - first : high - first]
         return total
-
-
-def _windows(
-    segmenter: Segmenter, image: WindowReader, top: int, height: int, columns: _Axis, needed: list[int]
-) -> Iterator[tuple[int, _Scores]]:
-    """Numbers and scores of the windows of one row, a few at a time through the network."""
-    together = max(1, min(8, WINDOW_PIXELS // (height * columns.tile)))
-    for first in range(0, len(needed), together):
-        part = needed[first : first + together]
-        pixels = [_read(image, top, columns.starts[number], height, columns.tile) for number in part]
-        yield from zip(part, segmenter.scores_of(pixels), strict=True)
 
 
 def _read(image: WindowReader, top: int, left: int, height: int, width: int) -> _Pixels:

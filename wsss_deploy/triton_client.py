@@ -6,15 +6,18 @@
     result = segmenter.predict("photo.jpg")
 
 The card comes from the server. Only bytes of the resized image go there; the mask comes back where the server saw the
-image at its own size, and the scores where it did not, since the mask is that of the enlarged scores.
+image at its own size, and the scores where it did not, since the mask is that of the enlarged scores. Where the card
+cuts large images (`sizing.tile`), each window is a request and its scores come back.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from wsss_deploy.card import ModelCard
@@ -22,6 +25,7 @@ from wsss_deploy.errors import BackendError
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.sizing import network_size
+from wsss_deploy.tiling import ArrayWindows, Tiling, joined, predict_blocks
 
 
 class TritonSegmenter:
@@ -67,33 +71,55 @@ class TritonSegmenter:
             image: Anything that `wsss_deploy.images.load_image` reads.
 
         Returns:
-            The result. Where the server gave only the mask, it has no scores, and its confidence is 1.
+            The result. Where the server gave only the mask, it has no scores, and its confidence is 1; where the image
+            was cut into windows, it has no scores.
 
         Raises:
             ImageError: The image cannot be used.
             BackendError: The server failed.
         """
         start = time.perf_counter()
-        pixels = load_image(image)
+        pixels, sizing = load_image(image), self._card.sizing
+        if sizing.tile is not None and max(pixels.shape) > sizing.tile:
+            sent = time.perf_counter()
+            blocks = predict_blocks(self, ArrayWindows(pixels), Tiling(sizing.tile, sizing.overlap))
+            mask, confidence = joined(blocks, *pixels.shape[:2])
+            return Segmentation.from_mask(mask, confidence, pixels, self._card, _timing(start, sent))
         height, width = network_size(pixels.shape[0], pixels.shape[1], self._card)
         whole = (height, width) == pixels.shape[:2]
         seen = pixels
         if not whole:
             seen = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
         sent = time.perf_counter()
-        wanted = "mask" if whole else "scores"
-        asked = self._triton.InferInput("image", [1, height, width, 3], "UINT8")
-        asked.set_data_from_numpy(seen[None])
-        outputs = [self._triton.InferRequestedOutput(wanted)]
-        answer = self._asked(
-            lambda: self._client.infer(self._model, [asked], outputs=outputs, client_timeout=self._timeout)
-        )
-        found = answer.as_numpy(wanted)[0]
-        timing = {"pre": (sent - start) * 1e3, "inference": (time.perf_counter() - sent) * 1e3}
-        timing |= {"refinement": 0.0, "post": 0.0}
+        found = self._infer(seen, "mask" if whole else "scores")
+        timing = _timing(start, sent)
         if whole:
             return Segmentation.from_mask(found, np.ones(found.shape, np.float32), pixels, self._card, timing)
         return Segmentation(found, pixels, self._card.classes, self._card.palette, timing)
+
+    def scores_of(self, windows: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Class probabilities of images of one size at which the server sees them as they are, one a request.
+
+        Args:
+            windows: RGB, uint8 (H, W, 3).
+
+        Returns:
+            float32 (N, C, H, W).
+
+        Raises:
+            BackendError: The server failed.
+        """
+        return np.stack([self._infer(window, "scores") for window in windows])
+
+    def _infer(self, image: npt.NDArray[np.uint8], output: str) -> Any:
+        """One output, without the batch's axis."""
+        asked = self._triton.InferInput("image", [1, *image.shape], "UINT8")
+        asked.set_data_from_numpy(image[None])
+        outputs = [self._triton.InferRequestedOutput(output)]
+        answer = self._asked(
+            lambda: self._client.infer(self._model, [asked], outputs=outputs, client_timeout=self._timeout)
+        )
+        return answer.as_numpy(output)[0]
 
     def _asked(self, call: Any) -> Any:
         try:
@@ -101,3 +127,8 @@ class TritonSegmenter:
         except self._triton.InferenceServerException as error:
             reason = str(error).partition("\n")[0]
             raise BackendError(f"{self._where}: {reason}; check the server's address, log and model name") from error
+
+
+def _timing(start: float, sent: float) -> dict[str, float]:
+    inference = (time.perf_counter() - sent) * 1e3
+    return {"pre": (sent - start) * 1e3, "inference": inference, "refinement": 0.0, "post": 0.0}

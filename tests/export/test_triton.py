@@ -131,6 +131,20 @@ def test_the_client_gives_what_the_segmenter_gives(server, exported):
     assert asked == ["mask", "scores"]
 
 
+def test_the_client_cuts_what_the_card_cuts(server, exported):
+    from wsss_deploy.triton_client import TritonSegmenter
+
+    remote = TritonSegmenter(server[0], "roads")
+    sizing = Sizing(long_side=48, tile=64, overlap=16)
+    remote._card = remote.card.model_copy(update={"sizing": sizing})
+    local = Segmenter(exported() / "model.onnx", device="cpu", sizing=sizing)
+    for shape in ((50, 64), (100, 150)):  # the first as it is, the second cut
+        image = pattern_image(*shape, 3)
+        result, expected = remote.predict(image), local.predict(image)
+        np.testing.assert_array_equal(result.mask, expected.mask)
+    np.testing.assert_allclose(result.confidence, expected.confidence, atol=1e-5)
+
+
 def test_a_server_that_fails_is_one_line(server):
     from wsss_deploy.triton_client import TritonSegmenter
 

@@ -36,6 +36,9 @@ def card(stride: int = 16, **sizing) -> ModelCard:
         ((3000, 4000), {}, (768, 1024)),
         ((1, 5000), {}, (16, 1024)),
         ((2000, 2000), {"max_long_side": 1000}, (992, 992)),
+        ((500, 300), {"long_side": 416, "tile": 512}, (500, 300)),
+        ((512, 512), {"long_side": 416, "max_long_side": 256, "tile": 512}, (512, 512)),
+        ((30, 40), {"long_side": 256, "tile": 512}, (30, 40)),
     ],
 )
 def test_known_sizes(size, sizing, expected):

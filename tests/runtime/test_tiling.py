@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from wsss_deploy import Segmenter, tiling
+from wsss_deploy.artifact import save_model
 from wsss_deploy.card import Preprocessing, Sizing
 from wsss_deploy.errors import ImageError, UsageError
 from wsss_deploy.tiling import ArrayWindows, Tiling, starts
@@ -88,7 +89,32 @@ def test_memory_does_not_grow_with_the_image(color_network, color_card, monkeypa
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert covered == 128 * side
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] - peaks[0] < 24 * (2048 - 512)  # the weights of the windows along the side, no scores
+
+
+@pytest.mark.parametrize(("classes", "tile", "budget"), [(150, 128, 4), (21, 256, 12), (3, 64, 2), (2, 64, 64)])
+def test_two_arrays_of_scores_are_held_at_most(color_card, monkeypatch, classes, tile, budget):
+    monkeypatch.setattr(tiling, "SCORES_BYTES", budget * 2**20)
+
+    class Scorer:
+        card = color_card.model_copy(update={"classes": tuple(map(str, range(classes)))})
+
+        def scores_of(self, windows):
+            return np.full((len(windows), classes, *windows[0].shape[:2]), 1 / classes, np.float32)
+
+    class Synthetic:
+        height, width = 3 * tile, 12 * tile + 1
+
+        def read(self, top, left, height, width):
+            return np.zeros((height, width, 3), np.uint8)
+
+    tracemalloc.start()
+    for block in tiling.predict_blocks(Scorer(), Synthetic(), Tiling(tile, tile // 8)):
+        np.testing.assert_allclose(block.confidence, 1 / classes, rtol=1e-5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    array = max(budget * 2**20, 4 * classes * tile * tile)
+    assert peak < 2 * array + 60 * tile * tile + 2**21  # pixels of the windows, a plane or two, the block
 
 
 def test_a_memory_map_is_read_by_windows(color_network, color_card, tmp_path):
@@ -105,7 +131,7 @@ def test_a_memory_map_is_read_by_windows(color_network, color_card, tmp_path):
 
 
 def test_the_card_can_ask_for_tiles(color_network, color_card):
-    card = color_card.model_copy(update={"sizing": Sizing(max_long_side=64, tile=64, overlap=8)})
+    card = color_card.model_copy(update={"sizing": Sizing(long_side=32, tile=64, overlap=8)})
     segmenter = Segmenter.from_network(color_network, card)
     large = RNG.integers(0, 256, (100, 80, 3), dtype=np.uint8)
     small, tiled = segmenter.predict_batch([large[:50, :50], large])
@@ -114,7 +140,7 @@ def test_the_card_can_ask_for_tiles(color_network, color_card):
     assert (tiled.mask == large.argmax(2)).mean() > 0.98  # equal channels are ties
 
 
-def test_what_cannot_be_cut(color_network, color_card):
+def test_what_cannot_be_cut(color_network, color_card, tiny_network, tiny_card, tmp_path):
     with pytest.raises(UsageError, match="overlap is 40 pixels, expected 0 to 32"):
         Tiling(64, 40)
     with pytest.raises(ValueError, match="half of the tile"):
@@ -125,6 +151,9 @@ def test_what_cannot_be_cut(color_network, color_card):
     segmenter = Segmenter.from_network(color_network, color_card.model_copy(update={"preprocessing": fixed}))
     with pytest.raises(UsageError, match="takes at most 64"):
         segmenter.predict_tiled(np.zeros((80, 80, 3), np.uint8), Tiling(96, 16))
+    save_model(tmp_path / "model.pt", tiny_card.model_copy(update={"preprocessing": fixed}), tiny_network.state_dict())
+    with pytest.raises(UsageError, match=r"windows of 96 pixels, but model\.pt takes at most 64"):
+        Segmenter(tmp_path / "model.pt", sizing=Sizing(tile=96, overlap=16))
 
     class Wrong:
         height = width = 100
