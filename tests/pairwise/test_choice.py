@@ -53,6 +53,8 @@ def test_tensors_elsewhere_and_of_half_precision_take_the_plain_form():
     assert choose("auto", is_torch=True, device="meta").name == "torch"
     assert "meta" in choose("auto", is_torch=True, device="meta").reason
     assert choose("auto", is_torch=True, dtype="float16").name == "torch"
+    many = choose("auto", is_torch=True, device="cuda:0", neighbours=1088)
+    assert (many.name, many.reason) == ("torch", "there are 1088 neighbours, its kernels take 256")
     with pytest.raises(UsageError, match="float16"):
         choose("cpu", is_torch=True, dtype="float16")
 

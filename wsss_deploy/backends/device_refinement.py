@@ -18,12 +18,10 @@ from wsss_deploy.pairwise import Form, choose, refine
 from wsss_deploy.pairwise.cuda_form import refine_at
 from wsss_deploy.pairwise.cuda_guide import make_guide_at
 from wsss_deploy.pairwise.cuda_launch import Place
+from wsss_deploy.pairwise.forms import MOST_NEIGHBOURS
 from wsss_deploy.pairwise.guides import make_guide
 
 _log = logging.getLogger(__name__)
-
-#: A thread holds the weights of all neighbours; far more of them would take gigabytes of the device's memory.
-_MOST_NEIGHBOURS = 256
 
 
 class DeviceRefinement:
@@ -101,8 +99,8 @@ class DeviceRefinement:
         parameters = settings.parameters
         if parameters.kind == "gaussian" or parameters.mean_field is not None:
             return "Gaussian weights and mean fields are refined on the CPU"
-        if len(parameters.offsets) > _MOST_NEIGHBOURS:
-            return f"{len(parameters.offsets)} neighbours, of which it takes at most {_MOST_NEIGHBOURS}"
+        if len(parameters.offsets) > MOST_NEIGHBOURS:
+            return f"{len(parameters.offsets)} neighbours, of which it takes at most {MOST_NEIGHBOURS}"
         key = settings.model_dump_json()
         if key in self._obstacles:
             return self._obstacles[key]

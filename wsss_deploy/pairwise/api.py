@@ -46,7 +46,7 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
         return weights
     from wsss_deploy.pairwise import torch_ops
 
-    name, count = _torch_form(form, guide, threads)
+    name, count = _torch_form(form, guide, parameters, threads)
     return cast("torch.Tensor", torch_ops.pairwise_affinity(guide, torch_ops.text_of(parameters), name, count))
 
 
@@ -94,7 +94,7 @@ def step(
         return out
     from wsss_deploy.pairwise import torch_ops
 
-    name, count = _torch_form(form, masks, threads)
+    name, count = _torch_form(form, masks, parameters, threads)
     return cast(
         "torch.Tensor", torch_ops.pairwise_step(masks, weights, unary, torch_ops.text_of(parameters), name, count)
     )
@@ -148,7 +148,7 @@ def refine(
 
     from wsss_deploy.pairwise import reference, torch_ops
 
-    name, count = _torch_form(form, masks, threads)
+    name, count = _torch_form(form, masks, parameters, threads)
     masks = reference.resize(masks, height, width)
     wants_gradient = torch.is_grad_enabled() and (masks.requires_grad or guide.requires_grad)
     if not wants_gradient and not torch.compiler.is_exporting():
@@ -168,11 +168,13 @@ def _numpy_form(form: str, array: NDArray[np.floating]) -> str:
     return choose(form, is_torch=False, dtype=array.dtype.name).name
 
 
-def _torch_form(form: str, tensor: torch.Tensor, threads: int | None) -> tuple[str, int]:
+def _torch_form(
+    form: str, tensor: torch.Tensor, parameters: PairwiseParameters, threads: int | None
+) -> tuple[str, int]:
     from wsss_deploy.pairwise import torch_ops
 
     kind = str(tensor.dtype).removeprefix("torch.")
-    return torch_ops.chosen_form(form, str(tensor.device), kind), threads or 0
+    return torch_ops.chosen_form(form, str(tensor.device), kind, len(parameters.offsets)), threads or 0
 
 
 def _check(arrays: dict[str, Any], *, resized: bool = False) -> None:

@@ -11,6 +11,8 @@ from wsss_deploy.pairwise import native
 
 FORMS = ("cpu", "cuda", "torch", "numpy")
 _REBUILD = "install a C++20 compiler (GCC or Clang) and run 'pip install --force-reinstall --no-deps wsss-deploy'"
+#: A thread of the CUDA form keeps all weights of its pixel: beyond this they would take gigabytes of local memory.
+MOST_NEIGHBOURS = 256
 _TYPES = {"cpu": ("float32", "float64"), "cuda": ("float32", "float16")}
 
 
@@ -28,7 +30,9 @@ def forms() -> tuple[Form, ...]:
     return tuple(_form(name, "cuda") for name in FORMS)
 
 
-def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "float32") -> Form:
+def choose(
+    form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "float32", neighbours: int | None = None
+) -> Form:
     """The form that a call will use.
 
     Args:
@@ -36,6 +40,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
         is_torch: Whether the arrays are torch tensors (else numpy arrays).
         device: The tensors' device, with or without its number.
         dtype: Their number type without the library's name.
+        neighbours: K, of which the CUDA form takes so many only; None asks for none.
 
     Returns:
         The form, with the reason for the choice.
@@ -55,7 +60,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
     elif form not in (plain, *_TYPES):
         given = "torch tensors" if is_torch else "numpy arrays"
         raise UsageError(f"form {form!r} was asked for with {given}; use 'cpu', {plain!r} or 'auto'")
-    obstacle = _obstacle(wanted, device, dtype)
+    obstacle = _obstacle(wanted, device, dtype, neighbours or 0)
     if obstacle is not None and form != "auto":
         raise UsageError(f"form {form!r} was asked for, but {obstacle}; move or convert them, or use form 'auto'")
     found = _form(wanted, device)
@@ -66,7 +71,7 @@ def choose(form: str, *, is_torch: bool, device: str = "cpu", dtype: str = "floa
     return Form(form, True, f"asked for by name; {found.reason}")
 
 
-def _obstacle(form: str, device: str, dtype: str) -> str | None:
+def _obstacle(form: str, device: str, dtype: str, neighbours: int) -> str | None:
     """Why a form cannot take such arrays, whether or not it is available."""
     if form not in _TYPES:
         return None
@@ -74,6 +79,8 @@ def _obstacle(form: str, device: str, dtype: str) -> str | None:
         return f"the tensors are on {device}, these kernels work on '{form}'"
     if dtype not in _TYPES[form]:
         return f"the arrays are {dtype}, the {form} kernels take {' and '.join(_TYPES[form])}"
+    if form == "cuda" and neighbours > MOST_NEIGHBOURS:
+        return f"there are {neighbours} neighbours, its kernels take {MOST_NEIGHBOURS}"
     return None
 
 

@@ -56,8 +56,8 @@ def affinity(guide: Floats, parameters: PairwiseParameters) -> Floats:
 def step(masks: Floats, weights: Floats, parameters: PairwiseParameters, unary: Floats | None = None) -> Floats:
     """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
     if masks.dtype.itemsize < 4:
-        wide = [None if part is None else part.astype(np.float32) for part in (masks, weights, unary)]
-        return step(wide[0], wide[1], parameters, wide[2]).astype(masks.dtype)
+        wide = None if unary is None else unary.astype(np.float32)
+        return step(masks.astype(np.float32), weights.astype(np.float32), parameters, wide).astype(masks.dtype)
     neighbours = _Neighbours(masks, parameters)
     total = np.zeros_like(masks)
     for k in range(len(parameters.offsets)):

@@ -69,8 +69,8 @@ def step(masks: Tensor, weights: Tensor, parameters: PairwiseParameters, unary: 
         (N, C, H, W).
     """
     if masks.dtype.itemsize < 4:
-        wide = [None if part is None else part.float() for part in (masks, weights, unary)]
-        return step(wide[0], wide[1], parameters, wide[2]).to(masks.dtype)
+        wide = None if unary is None else unary.float()
+        return step(masks.float(), weights.float(), parameters, wide).to(masks.dtype)
     neighbours = _Neighbours(masks, parameters)
     total = _sum(weights[:, k : k + 1] * neighbours[k] for k in range(len(parameters.offsets)))
     if parameters.mean_field is None or unary is None:

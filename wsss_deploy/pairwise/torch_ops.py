@@ -22,13 +22,14 @@ from wsss_deploy.pairwise.parameters import PairwiseParameters
 _COMPILED = ("cpu", "cuda")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how it is found out, and it does not change
-def chosen_form(form: str, device: str, dtype: str) -> str:
+# torch.compile cannot trace how these two are found out, and they do not change.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def chosen_form(form: str, device: str, dtype: str, neighbours: int) -> str:
     """The name of the form that tensors get; args and errors as in `forms.choose`."""
-    return choose(form, is_torch=True, device=device, dtype=dtype).name
+    return choose(form, is_torch=True, device=device, dtype=dtype, neighbours=neighbours).name
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def text_of(parameters: PairwiseParameters) -> str:
     """The JSON text of a parameters object, which is frozen."""
     return parameters.to_json()
