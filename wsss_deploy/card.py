@@ -45,6 +45,11 @@ class Architecture(_Plain):
     encoder_options: dict[str, Any] = Field(default_factory=dict)
 
 
+# What float32 bears, with room beyond every normalisation in use.
+_Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+_Std = Annotated[float, Field(ge=1e-4, le=1e4, allow_inf_nan=False)]
+
+
 class Preprocessing(_Plain):
     """Normalisation inside the graph: (value / 255 - mean) / std per RGB channel; sides padded to `stride`.
 
@@ -56,8 +61,8 @@ class Preprocessing(_Plain):
             takes no larger image; for networks that work at one size only (windows picked by the image's size).
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Std, _Std, _Std]
     stride: Annotated[int, Field(ge=1, le=1024)]
     fixed_size: Annotated[int, Field(ge=1, le=16384)] | None = None
 

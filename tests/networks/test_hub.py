@@ -11,7 +11,7 @@ import pytest
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import load_model
 from wsss_deploy.card import Protocol
-from wsss_deploy.errors import ArtifactError
+from wsss_deploy.errors import ArtifactError, WsssError
 
 hub = pytest.importorskip("wsss_deploy.networks.hub")
 
@@ -99,3 +99,14 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
         hub.HubModel.from_pretrained(tmp_path / "card")
     with pytest.raises(ArtifactError, match=r"only model\.safetensors"):
         hub.HubModel._load_as_pickle(None, "pytorch_model.bin", "cpu", False)
+
+
+def test_a_card_of_any_size_costs_no_memory(saved, tmp_path):
+    folder = tmp_path / "hostile"
+    shutil.copytree(saved, folder)
+    content = json.loads((folder / "config.json").read_text())
+    for options in ({"img_size": 16_000}, {"embed_dim": 16_000, "num_heads": 1}, {"embed_dim": 10**6}):
+        content["card"]["architecture"]["encoder_options"] = options
+        (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(WsssError, match=r"do not fit|beyond any model"):
+            hub.HubModel.from_pretrained(folder)

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from wsss_deploy.artifact import load_model
 from wsss_deploy.card import Architecture
-from wsss_deploy.errors import RecipeError
-from wsss_deploy.networks import DeployedNetwork, build_network, encoder_preprocessing
+from wsss_deploy.errors import ArtifactError, RecipeError, WsssError
+from wsss_deploy.networks import (
+    DeployedNetwork,
+    SegmentationNetwork,
+    build_network,
+    encoder_preprocessing,
+    restore_network,
+)
 from wsss_deploy.networks.decoder import DECODERS, LightDecoder, MLPDecoder
 
 
@@ -121,3 +128,48 @@ def test_other_stage_counts_work():
     assert network.encoder.reductions == (4, 8, 16, 32)
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 32)).shape == (1, 3, 16, 8)
+
+
+BOMBS = [
+    ({"embed_dim": 200_000}, "embed_dim: 200000 is beyond any model"),
+    ({"depth": 10**7}, "depth: 10000000 is beyond any model, at most 128"),
+    ({"depth": -(10**7)}, "beyond any model"),
+    ({"img_size": 100_000}, "beyond any model"),
+    ({"img_size": [4096, float("inf")]}, "beyond any model"),
+    ({"mlp_ratio": [1.0] * 10**6}, "beyond any model"),
+    ({"embed_dim": 16_384, "num_heads": 1, "depth": 60}, "do not fit the architecture"),
+    ({"img_size": 16_384}, "do not fit the architecture"),
+    ({"patch_size": 16_384}, "cannot take images of any size|do not fit"),
+    ({"embed_dim": "abc"}, "does not take"),
+    ({"num_heads": 0}, "no network can be built"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BOMBS)
+def test_a_card_of_any_size_costs_neither_memory_nor_time(options, message, tiny_model):
+    card, state = load_model(tiny_model)
+    architecture = card.architecture.model_copy(update={"encoder_options": options})
+    with pytest.raises(WsssError, match=message) as error:
+        restore_network(card.model_copy(update={"architecture": architecture}), state, "model.pt")
+    assert len(str(error.value)) < 600
+
+
+def test_tables_that_no_file_holds_are_bounded(tiny_model, monkeypatch):
+    card, state = load_model(tiny_model)
+    rotary = card.architecture.model_copy(update={"encoder": "vit_tiny_patch16_dinov3_qkvb"})
+    monkeypatch.setattr("wsss_deploy.networks.network.MOST_TABLES", 10)
+    with pytest.raises(WsssError, match=r"its tables take|do not fit"):
+        restore_network(card.model_copy(update={"architecture": rotary}), state, "model.pt")
+    restore_network(card, state, "model.pt")
+
+
+def test_memory_that_is_not_there_is_one_sentence(tiny_model, monkeypatch):
+    card, state = load_model(tiny_model)
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nmore")
+
+    monkeypatch.setattr(SegmentationNetwork, "load_state_dict", full)
+    with pytest.raises(ArtifactError, match=r"model\.pt: no network can be built .*can't allocate") as error:
+        restore_network(card, state, "model.pt")
+    assert "\n" not in str(error.value)

@@ -266,6 +266,14 @@ def test_cards_that_break_parsers(text):
         ModelCard.from_plain(text, "the file")
 
 
+@pytest.mark.parametrize("change", [{"mean": [float("nan")] * 3}, {"mean": [1e300] * 3}, {"std": [1e-300] * 3}])
+def test_normalisation_that_is_no_number(color_card, change):
+    content = color_card.to_plain()
+    content["preprocessing"] |= change
+    with pytest.raises(ArtifactError, match=f"preprocessing.{next(iter(change))}"):
+        ModelCard.from_plain(content, "the file")
+
+
 def test_encoder_options_load_no_files():
     networks = pytest.importorskip("wsss_deploy.networks")
     with pytest.raises(WsssError, match="checkpoint_path: weights are not loaded by options"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -20,6 +21,10 @@ LEVELS = 4
 _NOT_OURS = frozenset(
     {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"}
 )
+# Numbers in options that a model takes: those that count blocks (`depth`, `layers`, `num_stages`, ...), which are built
+# one after the other, and any other (channels, pixels).
+_COUNT = re.compile("depth|layer|block|stage|repeat")
+_MOST_BLOCKS, _MOST_NUMBERS, _LARGEST = 128, 1024, 16384
 _FITTING = "such as a plain ViT, PVTv2 or ConvNeXt"
 
 # How a timm model is told that images may have any size; models that need no telling take none of these.
@@ -104,6 +109,7 @@ def create_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
     forbidden = sorted(_NOT_OURS & set(options))
     if forbidden:
         raise RecipeError([f"encoder_options {', '.join(forbidden)}: weights are not loaded by options; take them out"])
+    _check_numbers(options)
     reason = ""
     for any_size in _ANY_SIZE:
         try:
@@ -112,6 +118,29 @@ def create_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
         except TypeError as error:
             reason = str(error)
     raise RecipeError([f"encoder '{name}' does not take {dict(options)} ({reason}); correct encoder_options"])
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse what would take for ever to build; what takes too much memory is seen when it has been built on "meta"."""
+    for name, value in options.items():
+        most = _MOST_BLOCKS if _COUNT.search(name) else _LARGEST
+        numbers = list(_numbers(value))
+        # Together, as blocks are given for each stage.
+        found = sum(map(abs, numbers)) if most == _MOST_BLOCKS else max(map(abs, numbers), default=0)
+        if not found <= most or len(numbers) > _MOST_NUMBERS:
+            shown = str(value)[:60]
+            raise RecipeError([f"encoder_options {name}: {shown} is beyond any model, at most {most}; lower it"])
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _numbers(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner)
 
 
 def encoder_preprocessing(encoder_name: str, encoder_options: Mapping[str, Any]) -> Preprocessing:

@@ -21,7 +21,7 @@ from wsss_deploy.artifact import load_model, save_model
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.networks.deploy import DeployedNetwork
-from wsss_deploy.networks.network import build_network, restore_network
+from wsss_deploy.networks.network import build_skeleton, restore_network
 from wsss_deploy.segmenter import Segmenter
 
 try:
@@ -47,20 +47,20 @@ class HubModel(
     tags=["semantic-segmentation", "weak-supervision"],
     model_card_template=_TEMPLATE,
 ):
-    """A network with its card, as the Hub's mixin wants it.
+    """A network with its card, as the Hub's mixin wants it; without tensors until `from_pretrained` or `from_file`.
 
     Args:
         card: The model's card as plain data, see `wsss_deploy.card.ModelCard`.
 
     Raises:
-        ArtifactError: It is no card.
+        ArtifactError: It is no card, or one of which no network can be built.
         RecipeError: The installed timm has no such encoder.
     """
 
     def __init__(self, card: dict[str, Any]) -> None:
         super().__init__()
         self.card = ModelCard.from_plain(card, "config.json")
-        self.network = build_network(self.card.architecture, len(self.card.classes)).eval()
+        self.network = build_skeleton(self.card, "config.json")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:

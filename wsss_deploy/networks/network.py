@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from wsss_deploy.card import Architecture, ModelCard
-from wsss_deploy.errors import ArtifactError
+from wsss_deploy.errors import ArtifactError, WsssError
 from wsss_deploy.networks.decoder import build_decoder
 from wsss_deploy.networks.encoder import Encoder
 from wsss_deploy.networks.weights import load_encoder_weights, load_network_weights, read_weights
+
+#: Bytes of tables that a network computes by itself (positions, windows) and no file holds.
+MOST_TABLES = 2**29
 
 
 class SegmentationNetwork(nn.Module):
@@ -113,10 +116,55 @@ def restore_network(card: ModelCard, state_dict: Mapping[str, Tensor], source: s
         source: The file's name, for errors.
 
     Raises:
-        ArtifactError: The tensors do not fit the card's architecture; what differs is named.
+        ArtifactError: The tensors do not fit the card's architecture; what differs is named. Or there is no memory for
+            the network.
         RecipeError: The installed timm has no such encoder.
     """
-    network = build_network(card.architecture, len(card.classes))
+    try:
+        # The structure alone first: a card may speak of a network of any size, the tensors are those of the file.
+        skeleton = build_skeleton(card, source)
+        _compare(skeleton, card, state_dict, source)
+        network = build_network(card.architecture, len(card.classes))
+        network.load_state_dict(state_dict)
+    except (RuntimeError, MemoryError) as error:
+        raise _unusable(card, source, str(error)) from error
+    return network.eval()
+
+
+def build_skeleton(card: ModelCard, source: str) -> SegmentationNetwork:
+    """The network of a card on the "meta" device: names and shapes, which take no memory.
+
+    Args:
+        card: A model's card.
+        source: Name of the file that it came from, for errors.
+
+    Raises:
+        ArtifactError: No network can be built of it, or one whose tables that no file holds exceed `MOST_TABLES`.
+        RecipeError: The installed timm has no such encoder.
+    """
+    try:
+        with torch.device("meta"):
+            network = build_network(card.architecture, len(card.classes))
+    except WsssError:
+        raise
+    except Exception as error:  # timm's models raise almost anything on options that they do not expect
+        raise _unusable(card, source, str(error)) from error
+    held = network.state_dict().keys()
+    tables = sum(table.nbytes for name, table in network.named_buffers() if name not in held)
+    if tables > MOST_TABLES:
+        raise _unusable(card, source, f"its tables take {tables >> 20} MiB")
+    return network.eval()
+
+
+def _unusable(card: ModelCard, source: str, reason: str) -> ArtifactError:
+    first = reason.strip().partition("\n")[0][:200]
+    return ArtifactError(
+        f"{source}: no network can be built of the architecture {card.architecture.encoder} of its card ({first}); "
+        "train it again with this release, or free memory"
+    )
+
+
+def _compare(network: SegmentationNetwork, card: ModelCard, state_dict: Mapping[str, Tensor], source: str) -> None:
     expected = network.state_dict()
     problems = [f"lacks {name}" for name in expected if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in expected]
@@ -131,5 +179,3 @@ def restore_network(card: ModelCard, state_dict: Mapping[str, Tensor], source: s
             f"{source}: its tensors do not fit the architecture {card.architecture.encoder} of its card: "
             f"{'; '.join(problems[:3])}{more}; train it again with this release"
         )
-    network.load_state_dict(state_dict)
-    return network.eval()
