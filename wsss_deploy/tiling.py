@@ -7,8 +7,8 @@ have made of what lies beyond. Finished parts leave as blocks.
 
 What is held at a time does not depend on the image's size: two arrays of scores, of the strip that is worked on and of
 the windows that go through the network together, each of at most `SCORES_BYTES` or of one window's scores
-(4 x classes x tile^2 bytes), whichever is more. For that a wide image is worked off in columns, whose border windows are
-computed twice. What the runtime needs for those windows comes on top.
+(4 x classes x tile^2 bytes), whichever is more. For that a wide image is worked off in columns, whose border windows
+are computed twice. What the runtime needs for those windows comes on top.
 """
 
 from __future__ import annotations

@@ -110,6 +110,37 @@ def test_a_provider_that_was_asked_for_and_not_given_is_an_error(monkeypatch, co
     assert "the session got CPUExecutionProvider" in told["device_reason"]
 
 
+def test_only_a_provider_that_computes_counts(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from wsss_deploy.backends.onnxruntime_backend import probe_providers
+
+    real = onnxruntime.InferenceSession
+    assert probe_providers()["CPUExecutionProvider"] is None
+
+    class Session(real):
+        def __init__(self, content, options, providers, **rest):
+            if providers == ["BrokenExecutionProvider"]:
+                raise RuntimeError("no kernel image is available\nmore")
+            self.wrong = providers == ["WrongExecutionProvider"]
+            super().__init__(content, None, providers=["CPUExecutionProvider"], **rest)
+            self.named = providers if providers != ["SilentExecutionProvider"] else ["CPUExecutionProvider"]
+
+        def get_providers(self):
+            return self.named
+
+        def run(self, names, inputs):
+            return [output + self.wrong for output in super().run(names, inputs)]
+
+    names = [f"{kind}ExecutionProvider" for kind in ("Broken", "Wrong", "Silent", "Good", "CPU")]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    broken, wrong, silent, *good = probe_providers().values()
+    assert broken == "no kernel image is available"
+    assert "wrong results" in wrong
+    assert "cannot be loaded" in silent
+    assert good == [None, None]
+
+
 def test_onnx_of_another_contract(tmp_path, onnx_bytes, color_card):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"

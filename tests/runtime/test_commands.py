@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -225,3 +226,51 @@ def test_doctor_without_any_runtime():
     assert run.returncode == 0, run.stderr
     assert "cannot run .onnx files: onnxruntime not installed; pip install 'wsss-deploy[cpu]'" in run.stdout
     assert "cannot run .pt files: torch and timm not installed" in run.stdout
+
+
+BROKEN = {
+    "onnxruntime": "raise ImportError('libcudart.so.13: cannot open shared object file')",
+    "torch": "raise OSError('libtorch_cuda.so: cannot open shared object file')",
+    "tensorrt": "raise ImportError('libnvinfer.so.10: cannot open shared object file')",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_runtime_that_is_installed_and_does_not_load(name, folder, tmp_path, color_onnx, tiny_model):
+    (tmp_path / "fake" / name).mkdir(parents=True)
+    (tmp_path / "fake" / name / "__init__.py").write_text(BROKEN[name])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "fake")}
+
+    def ran(command, *arguments):
+        code = f"from wsss_deploy.cli.{command} import main; main()"
+        line = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+
+    told = ran("doctor", "--json")
+    assert told.returncode == 0, told.stderr
+    runtimes = json.loads(told.stdout)["runtimes"]
+    for other, found in runtimes.items():
+        assert other != name or not found["available"]
+    assert runtimes["onnxruntime"]["available"] == (name != "onnxruntime")
+    if name != "tensorrt":  # of which the missing driver is told first
+        assert "cannot open shared object file" in runtimes[name]["reason"]
+        model = tiny_model if name == "torch" else color_onnx
+        told = ran("predict", folder, "--model", model, "--out", tmp_path / "out")
+        assert told.returncode == 1
+        assert f"wsss-predict: {name} is installed, but cannot be loaded (lib" in told.stderr
+        assert len(told.stderr.splitlines()) == 1
+
+
+def test_tensorrt_without_a_driver_cannot_run(tmp_path, monkeypatch):
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("there is a driver")
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "__init__.py").write_text("__version__ = '11.4'")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = doctor._inspect_runtime(".engine", "tensorrt")
+    assert not found["available"]
+    assert "needs an NVIDIA driver, which is not here" in found["reason"]

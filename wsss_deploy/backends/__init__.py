@@ -1,12 +1,12 @@
 """Runtimes behind one protocol, and the choice among them.
 
-The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime, `.engine` in TensorRT, `.xml`
-in OpenVINO. There is no fall-back
-from one to the other, since a missing runtime is a missing installation, which the error names.
+The kind of the file decides: `.pt` runs in torch, `.onnx` in ONNX Runtime, `.engine` in TensorRT, `.xml` in OpenVINO.
+There is no fall-back from one to the other, since a missing runtime is a missing installation, which the error names.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,10 +30,16 @@ _NEEDS = {
     "tensorrt": ("tensorrt",),
     "openvino": ("openvino",),
 }
+_MODULES = {
+    "torch": "torch_backend",
+    "onnxruntime": "onnxruntime_backend",
+    "tensorrt": "tensorrt",
+    "openvino": "openvino_backend",
+}
 
 
 def can_run(name: str) -> Availability:
-    """Whether a runtime is installed; nothing is imported.
+    """Whether a runtime is installed; nothing is imported, so that it may still fail to load (`import_runtime`).
 
     Args:
         name: "torch", "onnxruntime", "tensorrt" or "openvino".
@@ -47,6 +53,24 @@ def can_run(name: str) -> Availability:
     if missing:
         return Availability(False, f"{' and '.join(missing)} not installed; {_INSTALL[name]}")
     return Availability(True, f"{name} {_version(name)}")
+
+
+def import_runtime(name: str) -> None:
+    """Import an installed runtime, as opening a model does.
+
+    Args:
+        name: As in `can_run`.
+
+    Raises:
+        BackendError: It cannot be loaded: a library that it needs is missing, for example.
+    """
+    try:
+        import_module(f"wsss_deploy.backends.{_MODULES[name]}")
+    except Exception as error:  # what loaders of native libraries and of compiled extensions raise is anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise BackendError(
+            f"{name} is installed, but cannot be loaded ({reason}); repair or reinstall it: {_INSTALL[name]}"
+        ) from error
 
 
 def choose(path: Path, backend: str) -> str:
@@ -88,23 +112,25 @@ def open_backend(path: Path, device: str, backend: str, threads: int | None) -> 
 
     Raises:
         ArtifactError: The file is damaged or does not fit its card.
-        BackendError: The runtime is not installed, or cannot run on that device.
+        BackendError: The runtime is not installed, cannot be loaded, or cannot run on that device.
         UsageError: `device`, `backend` or `threads` is none of these.
     """
     check_device_name(device)
     if threads is not None and threads < 1:
         raise UsageError(f"found {threads} threads, expected at least 1")
-    if choose(path, backend) == "torch":
+    name = choose(path, backend)
+    import_runtime(name)
+    if name == "torch":
         from wsss_deploy.backends.torch_backend import TorchBackend
         from wsss_deploy.networks import restore_network
 
         card, state_dict = load_model(path)
         return TorchBackend(restore_network(card, state_dict, str(path)), card, device, threads)
-    if path.suffix.lower() == ".engine":
+    if name == "tensorrt":
         from wsss_deploy.backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(path, device)
-    if path.suffix.lower() == ".xml":
+    if name == "openvino":
         from wsss_deploy.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(path, device, threads)

@@ -26,7 +26,44 @@ import onnxruntime
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
 
+#: The smallest graph: y = x + x, float32 (4,).
+_PROBE = (
+    b'\x08\x08\x12\x00:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x04B\x04\n\x00\x10\r"
+)
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+def probe_providers() -> dict[str, str | None]:
+    """Run a tiny graph on every provider of this build.
+
+    Returns:
+        By provider the reason why it does not run here; None where it does.
+    """
+    providers = onnxruntime.get_available_providers()
+    if _CUDA in providers:
+        onnxruntime.preload_dlls()
+    onnxruntime.set_default_logger_severity(4)  # what fails is in the answer
+    try:
+        return {provider: _obstacle(provider) for provider in providers}
+    finally:
+        onnxruntime.set_default_logger_severity(2)
+
+
+def _obstacle(provider: str) -> str | None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if provider != _CPU:  # or nodes that the provider does not take would run on the CPU
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    image = np.arange(4, dtype=np.float32)
+    try:
+        session = onnxruntime.InferenceSession(_PROBE, options, providers=[provider], enable_fallback=0)
+        if provider not in session.get_providers():
+            return "its libraries or its driver cannot be loaded"
+        result = session.run(None, {"x": image})[0]
+    except Exception as error:  # onnxruntime's exception classes share no base but Exception
+        return "takes no part of a graph here" if "fallback to CPU EP" in str(error) else str(error).partition("\n")[0]
+    return None if np.array_equal(result, 2 * image) else f"gives wrong results ({result} for {2 * image})"
 
 
 class OnnxRuntimeBackend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import sys
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from wsss_deploy.artifact import read_card
-from wsss_deploy.backends import RUNTIMES, can_run
+from wsss_deploy.backends import RUNTIMES, can_run, import_runtime
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.cli.file_checks import Check, check_file
 from wsss_deploy.environment import cpu_threads, package_versions, query_gpus
@@ -71,23 +72,61 @@ def inspect_machine() -> dict[str, Any]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then "
             "pip install one of 'wsss-deploy[cpu]' and 'wsss-deploy[gpu]'"
         )
+    runtimes = {name: _inspect_runtime(suffix, name) for suffix, name in RUNTIMES.items()}
+    pairwise: dict[str, Any] = {"forms": {}, "chosen": {}}
+    try:
+        # Arrays are what ONNX Runtime gives, tensors what torch gives.
+        for kind in ("arrays", "tensors") if runtimes["torch"]["available"] else ("arrays",):
+            pairwise["chosen"][kind] = asdict(choose("auto", is_torch=kind == "tensors"))
+        pairwise["forms"] = {form.name: {"available": form.available, "reason": form.reason} for form in forms()}
+    except Exception as error:  # of a torch that cannot be loaded; the rest of the report helps to see why
+        problems.append(f"the forms of the pairwise operator cannot be told: {_first_line(error)}")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": cpu_threads(),
         "packages": packages,
         "gpus": query_gpus("name,driver_version,memory.total"),
-        "runtimes": {
-            name: {"files": suffix, **can_run(name)._asdict(), "devices": _devices(name)}
-            for suffix, name in RUNTIMES.items()
-        },
-        "pairwise": {
-            "forms": {form.name: {"available": form.available, "reason": form.reason} for form in forms()},
-            # Arrays are what ONNX Runtime gives, tensors what torch gives.
-            "chosen": {kind: asdict(choose("auto", is_torch=kind == "tensors")) for kind in _kinds_of_arrays()},
-        },
+        "cuda": _cuda_versions(),
+        "runtimes": runtimes,
+        "pairwise": pairwise,
         "problems": problems,
     }
+
+
+def _inspect_runtime(suffix: str, name: str) -> dict[str, Any]:
+    """Whether a runtime really loads here, why not, the devices that it runs on and those that it only lists."""
+    available, reason = can_run(name)
+    devices: list[str] = []
+    idle: dict[str, str] = {}
+    if available:
+        try:
+            import_runtime(name)
+            devices, idle = _devices(name)
+        except Exception as error:  # of libraries in a state that nobody foresaw, which is what a doctor is asked for
+            available, reason = False, f"{reason}: {_first_line(error)}"
+    return {"files": suffix, "available": available, "reason": reason, "devices": devices, "idle": idle}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _cuda_versions() -> dict[str, str]:
+    """Of the driver (the newest that it can run) and of the runtimes that were imported, where there is one."""
+    found = {}
+    version = ctypes.c_int()
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version)) == 0:
+                found["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        except OSError:
+            continue
+    built = {
+        "torch": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
+        "onnxruntime": getattr(sys.modules.get("onnxruntime.capi.build_and_package_info"), "cuda_version", None),
+    }
+    return found | {name: str(version) for name, version in built.items() if version}
 
 
 def inspect_model(model: str, device: str) -> dict[str, Any]:
@@ -120,27 +159,35 @@ def inspect_model(model: str, device: str) -> dict[str, Any]:
     }
 
 
-def _kinds_of_arrays() -> list[str]:
-    return ["arrays", "tensors"] if can_run("torch").available else ["arrays"]
-
-
-def _devices(runtime: str) -> list[str]:
-    """Devices or providers that a runtime reports; only asking it, so it must be imported."""
-    if not can_run(runtime).available:
-        return []
+def _devices(runtime: str) -> tuple[list[str], dict[str, str]]:
+    """Devices or providers on which an imported runtime runs, and those that it only lists, with the reason."""
     if runtime == "tensorrt":
-        return query_gpus("name")
+        from wsss_deploy.backends.device_layer import open_device
+        from wsss_deploy.backends.tensorrt import load_tensorrt
+
+        load_tensorrt()
+        open_device(0)
+        return query_gpus("name"), {}
     if runtime == "openvino":
         import openvino
 
-        return [f"{name} ({openvino.Core().get_property(name, 'FULL_DEVICE_NAME')})" for name in ("CPU",)]
+        return [f"CPU ({openvino.Core().get_property('CPU', 'FULL_DEVICE_NAME')})"], {}
     if runtime == "onnxruntime":
-        import onnxruntime
+        from wsss_deploy.backends.onnxruntime_backend import probe_providers
 
-        return list(onnxruntime.get_available_providers())
+        providers = probe_providers()
+        idle = {name: reason for name, reason in providers.items() if reason is not None}
+        return [name for name in providers if name not in idle], idle
     import torch
 
-    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    devices, idle = ["cpu"], {}
+    for device in (f"cuda:{index}" for index in range(torch.cuda.device_count())):
+        try:
+            (torch.ones(8, device=device) * 2).sum().item()
+            devices.append(f"{device} {torch.cuda.get_device_name(device)}")
+        except RuntimeError as error:
+            idle[device] = _first_line(error)
+    return devices, idle
 
 
 def _print_machine(report: dict[str, Any]) -> None:
@@ -148,10 +195,14 @@ def _print_machine(report: dict[str, Any]) -> None:
     console.print(f"Python {report['python']} on {report['platform']}, {report['cpu_threads']} CPU threads")
     console.print(", ".join(f"{name} {found}" for name, found in report["packages"].items()))
     console.print(escape(f"GPUs (name, driver, MiB): {'; '.join(report['gpus']) or 'none'}"))
+    if report["cuda"]:
+        console.print("CUDA: " + ", ".join(f"{name} {version}" for name, version in report["cuda"].items()))
     for runtime in report["runtimes"].values():
         mark = "[green]can run[/]" if runtime["available"] else "[red]cannot run[/]"
         devices = f" on {', '.join(runtime['devices'])}" if runtime["devices"] else ""
         console.print(f"{mark} {runtime['files']} files: {escape(runtime['reason'] + devices)}")
+        for name, reason in runtime["idle"].items():
+            console.print(escape(f"  not on {name}: {reason}"))
     for name, form in report["pairwise"]["forms"].items():
         mark = "[green]can run[/]" if form["available"] else "[red]cannot run[/]"
         console.print(f"{mark} pairwise operator, form {name}: {escape(form['reason'])}")
