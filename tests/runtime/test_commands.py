@@ -58,6 +58,13 @@ def test_predict_a_folder(folder, tmp_path, color_onnx, picture, capsys):
     assert "2 segmented with model.onnx in onnxruntime on cpu" in text
 
 
+def test_threads_and_tiles_reach_the_runtime(folder, tmp_path, color_onnx, capsys):
+    options = ("--model", color_onnx, "--device", "cpu", "--json", "--threads", "2", "--tile", "32")
+    status, text, _ = call(predict, capsys, folder, *options, "--out", tmp_path / "out")
+    assert status == 0
+    assert json.loads(text)["runtime"]["threads"] == 2
+
+
 def test_one_bad_image_does_not_stop_the_others(folder, tmp_path, color_onnx, capsys):
     whole = (folder / "a.png").read_bytes()
     (folder / "a1_cut.png").write_bytes(whole[: len(whole) // 2])
@@ -119,6 +126,14 @@ def test_own_results_are_replaced_and_a_users_files_are_not(folder, color_onnx, 
         ({"images": "*.nothing"}, 1, "holds or matches no image"),
         ({"images": "."}, 1, "holds or matches no image"),
         ({"images": ""}, 1, ""),
+        ({"--threads": "0"}, 2, "--threads 0: expected 1 or more"),
+        ({"--workers": "2"}, 2, "--workers has no effect without --ray"),
+        ({"--image-column": "c"}, 2, "--image-column has no effect without --ray"),
+        ({"--overlap": "8"}, 2, "--overlap has no effect without --tile"),
+        ({"--ray": "x", "--overlap": "8"}, 2, "--overlap has no effect without --tile"),
+        ({"--ray": "x", "--opacity": "0.3"}, 2, "--opacity has no effect with --ray"),
+        ({"--ray": "x", "--name-column": "c"}, 2, "--name-column has no effect without a table"),
+        ({"--tile": "16", "--overlap": "9"}, 2, "overlap is 9 pixels, expected 0 to 8"),
     ],
 )
 def test_bad_arguments(change, status, message, color_onnx, tmp_path, monkeypatch, capsys):

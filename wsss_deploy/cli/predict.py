@@ -43,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--opacity", type=float, default=0.5, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)"
+        "--threads", type=int, metavar="N", help="CPU threads of the runtime (default: its own choice; with --ray 1)"
     )
+    parser.add_argument("--opacity", type=float, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)")
     parser.add_refinement()
     parser.add_argument(
-        "--tile", type=int, metavar="PX", help="cut larger images into windows of PX pixels instead of reducing them"
+        "--tile", type=int, metavar="PX", help="cut larger images into windows of PX pixels; none is resized"
     )
-    parser.add_argument("--overlap", type=int, default=64, metavar="PX", help="that windows share (default: 64)")
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="that windows of --tile share (default: 64, or half a tile)"
+    )
     cluster = parser.add_argument_group("on a cluster (extra ray)", "Masks alone are written, no overlays.")
     cluster.add_argument(
         "--ray",
@@ -60,28 +63,38 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "NAME.parquet",
     )
     cluster.add_argument("--workers", type=int, metavar="N", help="copies of the model (default: as many as fit)")
-    cluster.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a worker (default: 1)")
-    cluster.add_argument("--image-column", default="image", metavar="C", help="of a table: encoded images")
-    cluster.add_argument("--name-column", default="name", metavar="C", help="of a table: their names")
+    cluster.add_argument("--image-column", metavar="C", help="of a table: encoded images (default: image)")
+    cluster.add_argument("--name-column", metavar="C", help="of a table: their names (default: name)")
     parser.add_argument("--json", action="store_true", help=f"print the content of {RECORD} instead of a summary")
     run_command(parser, _predict, argv)
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    if not 0 <= arguments.opacity <= 1:
-        raise UsageError(f"--opacity {arguments.opacity}: expected a number from 0 to 1")
-    out: Path = arguments.out
+    for option in ("workers", "threads"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            raise UsageError(f"--{option} {getattr(arguments, option)}: expected 1 or more")
     if arguments.ray is not None:
         return _predict_on_ray(arguments)
+    _refuse(arguments, ("workers", "image_column", "name_column"), "without --ray")
+    if arguments.tile is None:
+        _refuse(arguments, ("overlap",), "without --tile")
+    opacity = 0.5 if arguments.opacity is None else arguments.opacity
+    if not 0 <= opacity <= 1:
+        raise UsageError(f"--opacity {opacity}: expected a number from 0 to 1")
+    out: Path = arguments.out
     images = _images(arguments)
     names = output_names(images)
     _check_targets(out, names)
     sizing = None
     if arguments.tile is not None:
-        Tiling(arguments.tile, arguments.overlap)  # says what is wrong with them
+        tiling = Tiling(
+            arguments.tile, min(64, arguments.tile // 2) if arguments.overlap is None else arguments.overlap
+        )
         sizing = read_card(arguments.model).sizing
-        sizing = sizing.model_copy(update={"tile": arguments.tile, "overlap": arguments.overlap})
-    segmenter = Segmenter(arguments.model, device=arguments.device, refine=arguments.refine, sizing=sizing)
+        sizing = sizing.model_copy(update={"tile": tiling.tile, "overlap": tiling.overlap})
+    segmenter = Segmenter(
+        arguments.model, arguments.device, threads=arguments.threads, refine=arguments.refine, sizing=sizing
+    )
 
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
@@ -97,7 +110,7 @@ def _predict(arguments: argparse.Namespace) -> int:
                 continue
             mask, overlay = _targets(out, name)
             write_png(mask, result.mask_image())
-            write_png(overlay, result.overlay(opacity=arguments.opacity))
+            write_png(overlay, result.overlay(opacity=opacity))
             done.append({"image": str(image), "mask": mask.name, "overlay": overlay.name, **result.summary()})
 
     record = {"format": "wsss-predict", "runtime": segmenter.describe(), "images": done, "failed": failed}
@@ -113,17 +126,17 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
 
     if arguments.tile is not None:
         raise UsageError("--tile and --ray do not go together; set the card's sizing.tile, or leave one out")
-    for option in ("workers", "threads"):
-        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
-            raise UsageError(f"--{option} {getattr(arguments, option)}: expected 1 or more")
+    _refuse(arguments, ("overlap",), "without --tile")
+    _refuse(arguments, ("opacity",), "with --ray, which writes no overlays")
     out: Path = arguments.out
     tables = [path for path in arguments.images if path.endswith(".parquet")]
     if tables and len(arguments.images) > 1:
         raise UsageError(f"{tables[0]}: one table at a time; put its parts into one folder NAME.parquet")
     images: list[Path] | ParquetImages
     if tables:
-        images = ParquetImages(Path(tables[0]), arguments.image_column, arguments.name_column)
+        images = ParquetImages(Path(tables[0]), arguments.image_column or "image", arguments.name_column or "name")
     else:
+        _refuse(arguments, ("image_column", "name_column"), "without a table, NAME.parquet")
         images = _images(arguments)
     try:
         names = source_names(images)
@@ -137,7 +150,7 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
         out,
         address=arguments.ray or None,
         workers=arguments.workers,
-        threads=arguments.threads,
+        threads=arguments.threads or 1,
         device=arguments.device,
         refine=arguments.refine,
     )
@@ -147,6 +160,13 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
     count = len(found["images"])
     sys.stdout.write(text if arguments.json else f"{count} segmented on the cluster; results in {out}\n")
     return _tell(found["failed"], count + len(found["failed"]))
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], where: str) -> None:
+    """Refuse options that would do nothing."""
+    for option in options:
+        if getattr(arguments, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} has no effect {where}; leave it out")
 
 
 def _images(arguments: argparse.Namespace) -> list[Path]:
