@@ -92,14 +92,7 @@ SETTINGS = (
     Setting("acdc-masks", "acdc_scribbles", "masks", "supervised", "foreground_miou"),
     Setting("acdc-scribbles-partial", "acdc_scribbles", "scribbles", "partial_ce", "foreground_miou"),
     Setting("acdc-scribbles-gated", "acdc_scribbles", "scribbles", "gated_crf", "foreground_miou"),
-    Setting(
-        "acdc-scribbles-full-teacher",
-        "acdc_scribbles",
-        "scribbles",
-        "gated_crf",
-        "foreground_miou",
-        (*FULL, *TEACHER),
-    ),
+    Setting("acdc-scribbles-gated-full", "acdc_scribbles", "scribbles", "gated_crf", "foreground_miou", FULL),
     Setting("acdc-scribbles-propagate", "acdc_scribbles", "scribbles", "", "foreground_miou", PROPAGATE),
 )
 
