@@ -5,25 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
-import tempfile
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from export.formats import FORMATS, check, read_formats, table
+from export.formats import FORMATS, table
+from export.scratch import scratch_folder
 from wsss_deploy.artifact import read_card, report_name
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.engine_manifest import manifest_path
 from wsss_deploy.errors import ParityError
 from wsss_deploy.files import atomic_write
-from wsss_deploy.image_files import find_images
 from wsss_deploy.openvino_file import weights_path
 
 if TYPE_CHECKING:
-    from export.tensorrt_engine import Shapes
+    from export.arguments import Request
 
 _EXAMPLES = """
 examples:
@@ -68,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--images",
         metavar="FOLDER",
-        help="check on these images, too (the first 8), and calibrate int8 on them (the first 32)",
+        help="check on these images, too (8 of them), and calibrate int8 on others (32)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with masks (images/, masks/, splits/): the mIoU must not fall"
     )
-    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--split", help="split of --data (default: val)")
     parser.add_argument(
         "--shapes",
         metavar="MIN/BEST/MAX",
@@ -81,68 +80,70 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     triton = parser.add_argument_group("triton")
     triton.add_argument("--name", help="name of the model on the server (default: the card's)")
-    triton.add_argument("--max-batch", type=int, default=8, metavar="N", help="images put together (default: 8)")
-    triton.add_argument("--instances", type=int, default=1, metavar="N", help="copies on each device (default: 1)")
-    run_command(parser, _export, argv)
+    triton.add_argument(
+        "--max-batch", type=int, metavar="N", help="images put together (default: 8, or the engine's most)"
+    )
+    triton.add_argument("--instances", type=int, metavar="N", help="copies on each device (default: 1)")
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        run_command(parser, _export, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End by an exception, so that hidden folders are removed on the way."""
+    raise SystemExit(128 + number)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    formats = read_formats(arguments.format)
-    check(formats, arguments.precision, arguments.refine, arguments.images is not None)
-    images = find_images([arguments.images]) if arguments.images else []
+    # Here and below, not above: onnx and torch take seconds to import, and `--help` should not wait for them.
+    from export.arguments import check_arguments
+
+    request = check_arguments(arguments)
     out: Path = arguments.out or arguments.model.parent
-    # Here, not above: torch takes seconds to import, and `--help` and wrong arguments should not wait for it.
     from export.onnx_graph import export_onnx
 
-    shapes = None
-    if arguments.shapes is not None:
-        from export.tensorrt_engine import read_shapes
-
-        shapes = read_shapes(arguments.shapes)  # says what is wrong with it before anything slow begins
     path = export_onnx(
         arguments.model,
         out,
         opset=arguments.opset,
-        images=images,
+        images=request.images,
         refine=arguments.refine == "in-graph",
         size=arguments.size,
         # bf16 is what OpenVINO computes in; the graph that it reads is of float32.
         precision="fp32" if arguments.precision == "bf16" else arguments.precision,
-        data=None if arguments.data is None else (arguments.data, arguments.split),
+        data=request.data,
     )
     rows = _told(path, f"opset {arguments.opset}")
     served = path
-    if any(item.name == "engine" for item in formats):
-        served = _engine(arguments, path, shapes, images, rows)
-    if any(item.name == "openvino" for item in formats):
-        rows = {"read from": str(path)} | _told(_openvino(arguments, path, images), "and the weights in its .bin")
-    if any(item.name == "triton" for item in formats):
+    if "engine" in request.formats:
+        served = _engine(arguments, request, path, rows)
+    if "openvino" in request.formats:
+        file = _openvino(arguments, request, path)
+        rows = {"read from": str(path)} | _told(file, "and the weights in its .bin")
+    if "triton" in request.formats:
         from export.triton import write_repository
 
-        name = arguments.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", read_card(path).name).strip("._-") or "wsss"
         folder = write_repository(
-            served, out / "triton", name, max_batch=arguments.max_batch, instances=arguments.instances
+            served, out / "triton", request.name, max_batch=arguments.max_batch, instances=request.instances
         )
         rows["triton"] = f"{folder}; tritonserver --model-repository {shlex.quote(str(folder.parent))}"
     for name, value in rows.items():
         print(f"{name:<15}{value}")
 
 
-def _engine(
-    arguments: argparse.Namespace, onnx_file: Path, shapes: Shapes | None, images: list[Path], rows: dict[str, str]
-) -> Path:
+def _engine(arguments: argparse.Namespace, request: Request, onnx_file: Path, rows: dict[str, str]) -> Path:
     """Build the engine in a hidden folder; it takes its name after it has passed against torch."""
+    from export.arguments import engine_command
     from export.tensorrt_engine import build_engine
 
     target = onnx_file.with_suffix(".engine")
-    command = ["wsss-export", str(arguments.model), "--format", "engine", "--precision", arguments.precision]
-    command += ["--refine", arguments.refine]
-    command += [] if arguments.shapes is None else ["--shapes", arguments.shapes]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".engine-") as scratch:
-        candidate = Path(scratch) / target.name
-        manifest = build_engine(onnx_file, candidate, shapes, shlex.join(command))
+    with scratch_folder(target.parent, ".engine-") as scratch:
+        candidate = scratch / target.name
+        manifest = build_engine(onnx_file, candidate, request.shapes, engine_command(arguments))
         # TensorFloat-32 may carry products of float32 on a GPU, so an engine is held to half precision's limits.
-        _prove(arguments, candidate, target, images, "fp16")
+        _prove(arguments, request, candidate, target, "fp16")
         os.replace(manifest_path(candidate), manifest_path(target))
         os.replace(candidate, target)
     rows["engine"] = f"{target}, TensorRT {manifest.tensorrt} on {manifest.gpu}, {manifest.range_text()}"
@@ -167,21 +168,21 @@ def _told(path: Path, form: str) -> dict[str, str]:
     return rows
 
 
-def _openvino(arguments: argparse.Namespace, onnx_file: Path, images: list[Path]) -> Path:
+def _openvino(arguments: argparse.Namespace, request: Request, onnx_file: Path) -> Path:
     """Write OpenVINO's files in a hidden folder; they take their names after they have passed against torch."""
     from export.openvino_ir import build_openvino
 
     target = onnx_file.with_suffix(".xml" if arguments.precision == "fp32" else f".{arguments.precision}.xml")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".openvino-") as scratch:
-        candidate = Path(scratch) / target.name
+    with scratch_folder(target.parent, ".openvino-") as scratch:
+        candidate = scratch / target.name
         build_openvino(onnx_file, candidate, arguments.precision)
-        _prove(arguments, candidate, target, images, arguments.precision)
+        _prove(arguments, request, candidate, target, arguments.precision)
         os.replace(weights_path(candidate), weights_path(target))
         os.replace(candidate, target)
     return target
 
 
-def _prove(arguments: argparse.Namespace, candidate: Path, target: Path, images: list[Path], limits: str) -> None:
+def _prove(arguments: argparse.Namespace, request: Request, candidate: Path, target: Path, limits: str) -> None:
     """Compare what is to become `target` with torch and write the report.
 
     Raises:
@@ -189,8 +190,7 @@ def _prove(arguments: argparse.Namespace, candidate: Path, target: Path, images:
     """
     from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
 
-    data = None if arguments.data is None else (arguments.data, arguments.split)
-    report = check_parity(arguments.model, candidate, images, THRESHOLDS[limits], data)
+    report = check_parity(arguments.model, candidate, request.images, THRESHOLDS[limits], request.data)
     if not report.passed:
         with atomic_write(target.parent / REPORT_FAILED) as file:
             file.write(report.to_json().encode())

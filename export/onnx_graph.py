@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ import torch
 from torch.export import Dim
 
 from export.antialias import write_out_antialiased
+from export.fixed_size import with_fixed_size
 from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
 from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
 from export.quantise import FEWEST, LADDER, quantise, split_images
+from export.scratch import scratch_folder
 from wsss_deploy import __version__
 from wsss_deploy.artifact import CARD_KEY, load_model, report_name
 from wsss_deploy.card import ModelCard, Refinement
@@ -32,8 +33,6 @@ from wsss_deploy.refinement import DEFAULT
 OPSETS = range(18, 24)
 #: Name of the file by precision.
 MODELS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-#: Largest side, in pixels, of a graph of fixed size that nobody asked for.
-FIXED_SIZE = 512
 # A protobuf message, which an ONNX file is, holds less than 2 GiB; some of that is for the graph itself.
 _MOST_BYTES = 2**31 - 2**26
 _REMEDY = {
@@ -97,8 +96,8 @@ def export_onnx(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the slow part, so that a folder that cannot be written is told at once.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-            candidate = Path(scratch) / name
+        with scratch_folder(folder, ".export-") as scratch:
+            candidate = scratch / name
             proto = build_graph(card, state_dict, opset, source.name, refine=refine, size=size)
             for form in _forms(proto, precision, calibration):
                 onnx.save(form, candidate)
@@ -167,7 +166,7 @@ def build_graph(
             f"{source}: its tensors take {weight / 2**30:.1f} GiB, an ONNX file holds less than 2; use a smaller "
             "encoder"
         )
-    card = _with_fixed_size(card, size, source)
+    card = with_fixed_size(card, size, source)
     network = restore_network(card, state_dict, source)
     refinement = None
     if refine:
@@ -197,22 +196,6 @@ def build_graph(
             f"{source}: the exported graph is not valid ONNX ({_first_line(error)}); report this"
         ) from error
     return proto
-
-
-def _with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard:
-    stride = card.preprocessing.stride
-    if size is not None and (size < stride or size % stride):
-        near = max(stride, (size + stride // 2) // stride * stride)
-        raise ExportError(f"{source}: size {size} is no multiple of the network's stride {stride}; pass --size {near}")
-    if size is None:
-        # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
-        if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
-            return card
-        wanted = min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
-        size = -(-wanted // stride) * stride
-        _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
-    preprocessing = card.preprocessing.model_copy(update={"fixed_size": size})
-    return card.model_copy(update={"preprocessing": preprocessing})
 
 
 def state_digest(state_dict: Mapping[str, torch.Tensor]) -> str:

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from wsss_deploy.artifact import read_card
 from wsss_deploy.errors import ExportError, UsageError
 from wsss_deploy.openvino_file import CARD_ENTRY, WEIGHTS_ENTRY, weights_digest
+
+
+def load_openvino() -> Any:
+    """The module openvino.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+    try:
+        import openvino
+    except ImportError as error:
+        raise UsageError("--format openvino needs OpenVINO; pip install 'wsss-deploy[openvino]'") from error
+    return openvino
 
 
 def build_openvino(onnx_file: Path, target: Path, precision: Literal["fp32", "bf16"]) -> None:
@@ -23,11 +37,7 @@ def build_openvino(onnx_file: Path, target: Path, precision: Literal["fp32", "bf
         UsageError: OpenVINO is not installed.
         ExportError: It cannot read the graph.
     """
-    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
-    try:
-        import openvino
-    except ImportError as error:
-        raise UsageError("--format openvino needs OpenVINO; pip install 'wsss-deploy[openvino]'") from error
+    openvino = load_openvino()
     card = read_card(onnx_file).model_copy(update={"precision": precision})
     try:
         model = openvino.Core().read_model(str(onnx_file))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from export.patterns import pattern_image
+from export.patterns import MOST_IMAGES, pattern_image
 from wsss_deploy import Segmenter, __version__
 from wsss_deploy.artifact import load_model, read_card
 from wsss_deploy.backends.tensorrt import TensorRTBackend
@@ -36,7 +36,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 REPORT_FAILED = "parity_failed.json"
-MOST_IMAGES = 8
 MOST_LABELLED = 50
 #: Share of the compared pixels below which a class's IoU is that of a few pixels, and chance.
 SMALLEST_CLASS = 0.001

@@ -6,6 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+#: Real images that are compared besides.
+MOST_IMAGES = 8
+
 
 def pattern_image(height: int, width: int, seed: int) -> npt.NDArray[np.uint8]:
     """A smooth colour field with stripes, sharp rectangles and noise: something of all that a photograph has.

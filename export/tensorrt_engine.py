@@ -19,15 +19,17 @@ from wsss_deploy import __version__
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.device_layer import DeviceLayer, open_device
 from wsss_deploy.backends.tensorrt import load_tensorrt
-from wsss_deploy.card import ModelCard, Refinement, Sizing
-from wsss_deploy.engine_manifest import EngineManifest, Shape, manifest_path
+from wsss_deploy.card import ModelCard, Sizing
+from wsss_deploy.engine_manifest import EngineManifest, Shapes, manifest_path, plugin_digests
 from wsss_deploy.errors import ExportError, UsageError, WsssError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.pairwise import ptx_cache
+from wsss_deploy.sizing import network_size
 
 #: Releases with ahead-of-time Python plugins and strongly typed networks.
 OLDEST = (10, 9)
-Shapes = tuple[Shape, Shape, Shape]
+#: Heights and widths of common photographs, a square and a small picture.
+ORDINARY = ((480, 640), (640, 480), (1080, 1920), (3024, 4032), (512, 512), (240, 320))
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,58 @@ def default_shapes(card: ModelCard) -> Shapes:
     return (1, 1, 1), (1, best, best), (8, most, most)
 
 
+def check_shapes(shapes: Shapes, card: ModelCard) -> None:
+    """Check that an engine of these shapes takes what the runtime will give it by the card's plan.
+
+    Args:
+        shapes: Smallest, best and largest batch, height and width.
+        card: The model's card, as it will be exported.
+
+    Raises:
+        UsageError: It takes larger images than the graph, hardly any, or none of the ordinary ones.
+    """
+    low, _, high = shapes
+    text = "/".join("x".join(map(str, shape)) for shape in shapes)
+    stride, fixed = card.preprocessing.stride, card.preprocessing.fixed_size
+    if fixed is not None and max(high[1:]) > fixed:
+        raise UsageError(
+            f"--shapes {text}: this graph takes images up to {fixed} pixels a side; lower MAX, or export another --size"
+        )
+    if min(high[1:]) < max(stride, 16):
+        raise UsageError(f"--shapes {text}: expected at least {max(stride, 16)} pixels a side of MAX")
+    limited = _within(card, shapes)
+    tile = limited.sizing.tile
+    planned = {
+        size: (tile, tile) if tile is not None and max(size) > tile else network_size(*size, limited)
+        for size in ORDINARY
+    }
+    outside = [
+        f"{height} x {width} becomes {planned[height, width][0]} x {planned[height, width][1]}"
+        for height, width in ORDINARY
+        if not all(a <= side <= b for a, side, b in zip(low, (1, *planned[height, width]), high, strict=True))
+    ]
+    if len(outside) == len(ORDINARY):
+        raise UsageError(
+            f"--shapes {text}: one ordinary image at a time lies outside by the card's sizing ({outside[0]}); "
+            "lower MIN, 1x1x1 takes all"
+        )
+    if outside:
+        _log.warning("--shapes %s: some ordinary images lie outside and will be refused: %s", text, "; ".join(outside))
+
+
+def load_builder() -> Any:
+    """The module tensorrt, where it can build engines.
+
+    Raises:
+        BackendError: Driver or library is missing.
+        ExportError: TensorRT is too old.
+    """
+    trt = load_tensorrt()
+    if tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2]) < OLDEST:
+        raise ExportError(f"TensorRT {trt.__version__} is too old, expected 10.9 or newer; pip install -U tensorrt")
+    return trt
+
+
 def build_engine(onnx_file: Path, engine: Path, shapes: Shapes | None, command: str) -> EngineManifest:
     """Build an engine for the GPU of this machine and write it with its manifest.
 
@@ -80,15 +134,20 @@ def build_engine(onnx_file: Path, engine: Path, shapes: Shapes | None, command: 
         ArtifactError: The ONNX file cannot be used.
         BackendError: Driver, library or GPU is missing.
         ExportError: TensorRT is too old or cannot build it.
+        UsageError: The shapes do not fit the model.
     """
     card = read_card(onnx_file)
     shapes = shapes or default_shapes(card)
-    trt = load_tensorrt()
-    if tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2]) < OLDEST:
-        raise ExportError(f"TensorRT {trt.__version__} is too old, expected 10.9 or newer; pip install -U tensorrt")
+    check_shapes(shapes, card)
+    trt = load_builder()
     layer = open_device(0)
-    plugins = _plugins(card.refinement)
+    plugins = plugin_digests(card.refinement)
+    if plugins:
+        from export.tensorrt_plugin import register_plugins
+
+        register_plugins()
     content = onnx_file.read_bytes()
+    versions = {**card.versions, "tensorrt": trt.__version__, "engine": __version__}
     with layer.active():
         plan = _build(trt, content, shapes, layer)
     manifest = EngineManifest(
@@ -100,7 +159,7 @@ def build_engine(onnx_file: Path, engine: Path, shapes: Shapes | None, command: 
         engine_sha256=hashlib.sha256(plan).hexdigest(),
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         command=command,
-        card=_within(card, shapes, trt.__version__),
+        card=_within(card, shapes).model_copy(update={"versions": versions}),
     )
     # The manifest first: it names the engine's digest, so that a kill in between cannot deceive.
     with atomic_write(manifest_path(engine)) as file:
@@ -110,29 +169,18 @@ def build_engine(onnx_file: Path, engine: Path, shapes: Shapes | None, command: 
     return manifest
 
 
-def _within(card: ModelCard, shapes: Shapes, version: str) -> ModelCard:
-    most = min(shapes[2][1:])
-    sizing = card.sizing
+def _within(card: ModelCard, shapes: Shapes) -> ModelCard:
+    """The card with sizing that keeps images below the largest shape."""
+    stride, sizing = card.preprocessing.stride, card.sizing
+    # Sides are rounded to strides, up, too.
+    most = max(min(shapes[2][1:]) // stride * stride, 16)
     limited = Sizing(
         long_side=None if sizing.long_side is None else min(sizing.long_side, most),
-        max_long_side=min(sizing.max_long_side, most) if most >= 16 else sizing.max_long_side,
+        max_long_side=min(sizing.max_long_side, most),
         tile=None if sizing.tile is None else min(sizing.tile, most),
         overlap=min(sizing.overlap, most // 2),
     )
-    versions = {**card.versions, "tensorrt": version, "engine": __version__}
-    return card.model_copy(update={"sizing": limited, "versions": versions})
-
-
-def _plugins(refinement: Refinement | None) -> dict[str, str]:
-    """Register the plugins where the graph refines; their parameters' digest by node."""
-    if refinement is None or not refinement.in_graph or refinement.parameters.mean_field is not None:
-        return {}
-    from export.onnx_functions import AFFINITY, STEP
-    from export.tensorrt_plugin import register_plugins
-
-    register_plugins()
-    digest = hashlib.sha256(refinement.parameters.to_json().encode()).hexdigest()
-    return {AFFINITY: digest, STEP: digest}
+    return card.model_copy(update={"sizing": limited})
 
 
 def _build(trt: Any, content: bytes, shapes: Shapes, layer: DeviceLayer) -> bytes:

@@ -13,22 +13,64 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
+from export.scratch import scratch_folder
 from wsss_deploy.artifact import read_card
 from wsss_deploy.card import ModelCard
+from wsss_deploy.engine_manifest import Shapes, read_manifest
 from wsss_deploy.errors import ExportError, UsageError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.sizing import network_size
 
 CONFIG = "config.pbtxt"
+#: Images that Triton puts together where nobody says another number.
+MAX_BATCH = 8
 #: Platform and file name by suffix.
 _PLATFORMS = {".onnx": ("onnxruntime_onnx", "model.onnx"), ".engine": ("tensorrt_plan", "model.plan")}
 
 
+def check_serving(repository: Path, name: str, max_batch: int | None, instances: int, shapes: Shapes | None) -> int:
+    """Check what is to be written into a repository.
+
+    Args:
+        repository: Folder of the repository; it need not exist.
+        name: Of the model on the server.
+        max_batch: Images that Triton puts together at most; None takes `MAX_BATCH`, or what the engine takes.
+        instances: Copies of the model that run at once on each device.
+        shapes: Smallest, best and largest of an engine.
+
+    Returns:
+        The number of images that Triton puts together at most.
+
+    Raises:
+        ExportError: The folder holds something else.
+        UsageError: The name or a number cannot be used.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
+        raise UsageError(
+            f"model name '{name}': expected letters, digits, '_', '.', '-', beginning with one of the first"
+        )
+    for option, value in (("max_batch", max_batch), ("instances", instances)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} is {value}, expected at least 1")
+    folder = repository / name
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise ExportError(f"{folder}: exists and is no Triton model; choose another --out or name")
+    if shapes is None:
+        return max_batch or MAX_BATCH
+    least, most = shapes[0][0], shapes[2][0]
+    if least > 1:
+        raise UsageError(f"the engine takes {least} images at least, Triton asks for one, too; begin --shapes with 1x")
+    if max_batch is not None and max_batch > most:
+        raise UsageError(
+            f"max_batch is {max_batch}, the engine takes {most} images; lower it, or raise MAX of --shapes"
+        )
+    return max_batch or min(MAX_BATCH, most)
+
+
 def write_repository(
-    model: Path, repository: Path, name: str, *, max_batch: int = 8, instances: int = 1, delay_us: int = 2000
+    model: Path, repository: Path, name: str, *, max_batch: int | None = None, instances: int = 1, delay_us: int = 2000
 ) -> Path:
     """Add a model file to a repository as the newest version of a name; the file is there whole or not at all.
 
@@ -36,7 +78,8 @@ def write_repository(
         model: `model.onnx`, or `model.engine` with its manifest.
         repository: Folder of the repository; made if absent.
         name: Of the model on the server.
-        max_batch: Images that Triton puts together at most; requests of one size only.
+        max_batch: Images that Triton puts together at most, requests of one size only; None takes `MAX_BATCH`, or
+            what the engine takes.
         instances: Copies of the model that run at once on each device.
         delay_us: Microseconds that a request waits for others.
 
@@ -48,25 +91,20 @@ def write_repository(
         ExportError: The folder cannot be written, or holds something else.
         UsageError: The name or a number cannot be used.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
-        raise UsageError(
-            f"model name '{name}': expected letters, digits, '_', '.', '-', beginning with one of the first"
-        )
-    for option, value in (("max_batch", max_batch), ("instances", instances)):
-        if value < 1:
-            raise UsageError(f"{option} is {value}, expected at least 1")
-    card = read_card(model)
-    text = config_text(card, name, model.suffix.lower(), max_batch=max_batch, instances=instances, delay_us=delay_us)
+    suffix = model.suffix.lower()
     folder = repository / name
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise ExportError(f"{folder}: exists and is no Triton model; choose another --out or name")
-    _, file_name = _PLATFORMS[model.suffix.lower()]
+    shapes = read_manifest(model).shapes if suffix == ".engine" else None
+    most = check_serving(repository, name, max_batch, instances, shapes)
+    text = config_text(
+        read_card(model), name, suffix, max_batch=most, instances=instances, delay_us=delay_us, shapes=shapes
+    )
+    _, file_name = _PLATFORMS[suffix]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         versions = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
         # Triton ignores folders whose names are no numbers.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-            part = Path(scratch) / "version"
+        with scratch_folder(folder, ".writing-") as scratch:
+            part = scratch / "version"
             part.mkdir()
             shutil.copyfile(model, part / file_name)
             with atomic_write(folder / CONFIG) as file:
@@ -80,7 +118,14 @@ def write_repository(
 
 
 def config_text(
-    card: ModelCard, name: str, suffix: str, *, max_batch: int = 8, instances: int = 1, delay_us: int = 2000
+    card: ModelCard,
+    name: str,
+    suffix: str,
+    *,
+    max_batch: int = MAX_BATCH,
+    instances: int = 1,
+    delay_us: int = 2000,
+    shapes: Shapes | None = None,
 ) -> str:
     """The content of `config.pbtxt` (protobuf's text format of Triton's `ModelConfig`).
 
@@ -91,9 +136,13 @@ def config_text(
         max_batch: As in `write_repository`.
         instances: As in `write_repository`.
         delay_us: As in `write_repository`.
+        shapes: Smallest, best and largest of an engine; the warm-up stays within.
     """
     platform, file_name = _PLATFORMS[suffix]
     height, width = network_size(480, 640, card)
+    if shapes is not None:
+        (_, low_height, low_width), _, (_, most_height, most_width) = shapes
+        height, width = min(max(height, low_height), most_height), min(max(width, low_width), most_width)
     lines = [
         f"name: {_quoted(name)}",
         f"platform: {_quoted(platform)}",

@@ -7,13 +7,16 @@ so late and in its own words; the manifest lets us say it at once, in a sentence
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from wsss_deploy.card import ModelCard
+from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import ArtifactError, BackendError
+from wsss_deploy.pairwise.cuda_source import source
 
 SUFFIX = ".json"
 _LARGEST = 16 * 2**20
@@ -21,6 +24,12 @@ _LARGEST = 16 * 2**20
 Side = Annotated[int, Field(ge=1, le=65536)]
 #: Batch, height, width.
 Shape = tuple[Side, Side, Side]
+#: Smallest, best, largest.
+Shapes = tuple[Shape, Shape, Shape]
+#: Plugins of an engine that refines.
+PLUGINS = ("PairwiseAffinity", "PairwiseStep")
+
+_log = logging.getLogger(__name__)
 
 
 class EngineManifest(BaseModel):
@@ -32,7 +41,7 @@ class EngineManifest(BaseModel):
         gpu: Name of the GPU that it was built on.
         compute_capability: Of that GPU, for example "9.0".
         shapes: Smallest, best and largest batch, height and width.
-        plugins: Plugins inside the engine, and SHA-256 of the parameters that they were compiled for.
+        plugins: Plugins inside the engine, and SHA-256 of the program that they were compiled from.
         engine_sha256: Of the engine.
         onnx_sha256: Of the graph that it was built from.
         command: What builds it anew.
@@ -45,7 +54,7 @@ class EngineManifest(BaseModel):
     tensorrt: str
     gpu: str
     compute_capability: str
-    shapes: tuple[Shape, Shape, Shape]
+    shapes: Shapes
     plugins: dict[str, str] = Field(default_factory=dict)
     engine_sha256: str
     onnx_sha256: str
@@ -93,6 +102,21 @@ class EngineManifest(BaseModel):
                 f"{engine}: was built on {self.gpu} (compute capability {self.compute_capability}), here is {gpu} "
                 f"({compute_capability}); build it anew here: {self.command}"
             )
+        if gpu != self.gpu:
+            _log.warning("%s: was built on %s, here is %s of the same compute capability", engine, self.gpu, gpu)
+
+
+def plugin_digests(refinement: Refinement | None) -> dict[str, str]:
+    """Plugins that an engine of a graph has inside, with SHA-256 of this release's program for them.
+
+    Args:
+        refinement: The card's; only one in the graph, without mean field, is done by plugins.
+    """
+    if refinement is None or not refinement.in_graph or refinement.parameters.mean_field is not None:
+        return {}
+    # Of what is compiled: neither comments nor blanks make another program.
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", source(refinement.parameters), flags=re.DOTALL)
+    return dict.fromkeys(PLUGINS, hashlib.sha256(" ".join(text.split()).encode()).hexdigest())
 
 
 def manifest_path(engine: Path) -> Path:
@@ -128,7 +152,7 @@ def read_manifest(engine: Path) -> EngineManifest:
 
 
 def read_engine(engine: Path, manifest: EngineManifest) -> bytes:
-    """The engine's bytes, which have to be those that the manifest speaks of.
+    """The engine's bytes, which have to be those that the manifest speaks of, with the plugins that its card asks for.
 
     Args:
         engine: The engine.
@@ -137,6 +161,11 @@ def read_engine(engine: Path, manifest: EngineManifest) -> bytes:
     Raises:
         ArtifactError: They are not.
     """
+    if manifest.plugins != plugin_digests(manifest.card.refinement):
+        raise ArtifactError(
+            f"{engine}: refines by other kernels than this release has for its card (plugins: "
+            f"{', '.join(manifest.plugins) or 'none'}); build it anew: {manifest.command}"
+        )
     try:
         content = engine.read_bytes()
     except OSError as error:

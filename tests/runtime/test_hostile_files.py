@@ -14,6 +14,7 @@ from wsss_deploy import Segmenter
 from wsss_deploy.artifact import read_card
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.doctor import main
+from wsss_deploy.cli.file_checks import check_file
 from wsss_deploy.engine_manifest import EngineManifest, manifest_path
 from wsss_deploy.errors import ArtifactError, WsssError
 from wsss_deploy.onnx_check import check_onnx
@@ -299,6 +300,19 @@ def test_doctor_checks_files(tiny_onnx, tiny_model, tmp_path, capsys):
     )
     assert doctor(other, "--device", "cpu") == 1
     assert "speaks of another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"final_agreement": "abc"}, {"final_agreement": None}, {"verdict": ["passed"]}, {"model_sha256": 3}]
+)
+def test_doctor_and_a_damaged_report(tiny_onnx, tmp_path, change):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(tiny_onnx.read_bytes())
+    content = json.loads((tiny_onnx.parent / "parity.json").read_text())
+    (tmp_path / "parity.json").write_text(json.dumps({**content, **change}))
+    (parity,) = (item for item in check_file(str(model)) if item.name == "parity")
+    assert not parity.passed
+    assert "export again" in parity.detail
 
 
 def test_doctor_checks_engines_without_a_gpu(color_card, tmp_path, capsys):

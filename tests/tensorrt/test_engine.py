@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import wsss_deploy.backends.tensorrt as runner
+from export.arguments import engine_command
 from export.cli import main
+from export.onnx_functions import AFFINITY, STEP
 from export.patterns import pattern_image
-from export.tensorrt_engine import build_engine, default_shapes, read_shapes
-from wsss_deploy import Segmenter
+from export.tensorrt_engine import _within, build_engine, check_shapes, default_shapes, read_shapes
+from export.triton import write_repository
+from wsss_deploy import Segmenter, engine_manifest
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.tensorrt import TensorRTBackend, load_tensorrt
 from wsss_deploy.card import Sizing
-from wsss_deploy.engine_manifest import manifest_path, read_manifest
+from wsss_deploy.cli.file_checks import check_file
+from wsss_deploy.engine_manifest import manifest_path, plugin_digests, read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError, ExportError, UsageError
+from wsss_deploy.pairwise.cuda_source import source
+from wsss_deploy.refinement import DEFAULT
+from wsss_deploy.sizing import network_size
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -190,7 +200,19 @@ def test_the_command_builds_compares_and_serves(machine, tiny_model, tiny_onnx, 
     assert report["verdict"] == "passed"
     assert report["providers"] == ["TensorRT 11.4.0 on Stand-in 9000"]
     assert (tmp_path / "triton" / "tiny" / "1" / "model.plan").is_file()
-    assert "--shapes 1x1x1/1x64x96/4x512x640" in read_manifest(tmp_path / "model.engine").command
+    manifest = read_manifest(tmp_path / "model.engine")
+    words = shlex.split(manifest.command)
+    assert words[:4] == ["wsss-export", str(tiny_model), "--format", "engine"]
+    told = dict(zip(words[2::2], words[3::2], strict=True))
+    assert told.pop("--out") == str(tmp_path)
+    assert told == {
+        "--format": "engine",
+        "--precision": "fp32",
+        "--opset": "20",
+        "--refine": "none",
+        "--shapes": "1x1x1/1x64x96/4x512x640",
+    }
+    assert "max_batch_size: 4" in (tmp_path / "triton" / "tiny" / "config.pbtxt").read_text()
 
 
 def test_shapes(tiny_card):
@@ -217,3 +239,143 @@ def test_without_driver_or_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"pip install 'wsss-deploy\[tensorrt\]'"):
         load_tensorrt()
+
+
+def test_the_command_of_a_manifest_has_every_argument_and_no_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = argparse.Namespace(
+        model=Path("my runs/model.pt"),
+        precision="fp16",
+        refine="in-graph",
+        opset=18,
+        size=128,
+        out=Path("deploy"),
+        images="photos/*.jpg",
+        data=Path("scenes"),
+        split="test",
+        shapes="1x1x1/1x128x128/8x128x128",
+    )
+    words = shlex.split(engine_command(given))
+    assert words[:2] == ["wsss-export", str(tmp_path / "my runs" / "model.pt")]
+    told = dict(zip(words[2::2], words[3::2], strict=True))
+    assert {name.removeprefix("--"): value for name, value in told.items()} == {
+        "format": "engine",
+        "precision": "fp16",
+        "refine": "in-graph",
+        "opset": "18",
+        "size": "128",
+        "out": str(tmp_path / "deploy"),
+        "images": str(tmp_path / "photos" / "*.jpg"),
+        "data": str(tmp_path / "scenes"),
+        "split": "test",
+        "shapes": "1x1x1/1x128x128/8x128x128",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ("1x480x480/1x480x480/4x512x512", "480 x 640 becomes 320 x 416"),
+        ("2x1x1/2x416x416/4x416x416", "one ordinary image at a time lies outside"),
+        ("1x1x1/1x8x8/1x8x8", "at least 32 pixels a side of MAX"),
+        ("1x1x1/1x8x512/1x8x512", "at least 32 pixels a side of MAX"),
+    ],
+)
+def test_shapes_that_the_plan_does_not_meet(tiny_card, shapes, message):
+    card = planned(tiny_card, Sizing(long_side=416))
+    with pytest.raises(UsageError, match=message):
+        check_shapes(read_shapes(shapes), card)
+
+
+def planned(card, sizing, **preprocessing):
+    changed = card.preprocessing.model_copy(update={"stride": 32, **preprocessing})
+    return card.model_copy(update={"preprocessing": changed, "sizing": sizing})
+
+
+def test_shapes_and_a_fixed_size(tiny_card):
+    card = planned(tiny_card, Sizing(), fixed_size=128)
+    check_shapes(default_shapes(card), card)
+    with pytest.raises(UsageError, match="takes images up to 128 pixels a side"):
+        check_shapes(read_shapes("1x64x64/1x512x512/8x1024x1024"), card)
+
+
+@pytest.mark.parametrize("most", [100, 120, 150, 416, 1000])
+@pytest.mark.parametrize("sizing", [Sizing(), Sizing(long_side=416), Sizing(long_side=416, tile=512, overlap=128)])
+def test_no_planned_size_lies_beyond_the_largest_shape(tiny_card, most, sizing, caplog):
+    card, shapes = planned(tiny_card, sizing), read_shapes(f"1x1x1/1x64x64/2x{most}x{most}")
+    check_shapes(shapes, card)
+    assert not caplog.records
+    limited = _within(card, shapes)
+    for size in ((480, 640), (3000, 100), (1, 9), (101, 121), (5000, 5000)):
+        assert max(network_size(*size, limited)) <= most
+
+
+def test_some_ordinary_images_outside_are_a_warning(tiny_card, caplog):
+    with caplog.at_level("WARNING"):
+        check_shapes(read_shapes("1x256x256/1x512x512/4x1024x1024"), planned(tiny_card, Sizing()))
+    assert "240 x 320 becomes 240 x 320" in caplog.text
+    assert "480 x 640" not in caplog.text
+
+
+def test_plugins_are_held_against_this_release(engine, machine, monkeypatch):
+    content = json.loads(manifest_path(engine).read_text())
+    refinement = DEFAULT.model_copy(update={"in_graph": True})
+    content["card"]["refinement"] = json.loads(refinement.model_dump_json())
+    content["plugins"] = plugin_digests(refinement)
+    assert sorted(content["plugins"]) == sorted((AFFINITY, STEP))
+    manifest_path(engine).write_text(json.dumps(content))
+    read_engine(engine, read_manifest(engine))
+    monkeypatch.setattr(
+        engine_manifest, "source", lambda parameters: f"// other words\n{source(parameters)}  /* and\nlines */"
+    )
+    read_engine(engine, read_manifest(engine))
+    monkeypatch.setattr(engine_manifest, "source", lambda parameters: source(parameters) + "int other;")
+    with pytest.raises(ArtifactError, match=r"refines by other kernels .*PairwiseAffinity.*build it anew: wsss-export"):
+        Segmenter(engine)
+    monkeypatch.undo()
+    manifest_path(engine).write_text(json.dumps({**content, "plugins": {}}))
+    with pytest.raises(ArtifactError, match=r"plugins: none"):
+        read_engine(engine, read_manifest(engine))
+
+
+def test_another_gpu_of_the_same_kind_is_a_warning(engine, caplog):
+    with caplog.at_level("WARNING"):
+        read_manifest(engine).check_machine(engine, "11.4.0", "Other 9000", "9.0")
+    assert "was built on Stand-in 9000, here is Other 9000" in caplog.text
+
+
+def test_the_graph_beside_an_engine(engine, tiny_onnx):
+    def told():
+        return [(item.passed, item.detail) for item in check_file(str(engine)) if item.name == "graph"]
+
+    assert told() == []
+    graph = engine.with_suffix(".onnx")
+    graph.write_bytes(tiny_onnx.read_bytes())
+    assert told() == [(True, "was built from the model.onnx beside it")]
+    graph.write_bytes(tiny_onnx.read_bytes() + b"\0")
+    assert told()[0][0] is False
+
+
+@pytest.mark.parametrize(
+    ("shapes", "asked", "most", "warm"),
+    [
+        ("1x64x64/1x416x416/4x416x416", None, 4, [320, 416, 3]),
+        ("1x64x64/1x416x416/32x416x416", None, 8, [320, 416, 3]),
+        ("1x64x64/1x416x416/32x416x416", 32, 32, [320, 416, 3]),
+        ("1x384x64/1x416x416/4x416x416", None, 4, [384, 416, 3]),
+        ("1x64x64/1x128x256/4x128x256", None, 4, [128, 256, 3]),
+        ("1x64x64/1x416x416/4x416x416", 5, None, "max_batch is 5, the engine takes 4 images"),
+        ("2x64x64/2x416x416/4x416x416", None, None, "the engine takes 2 images at least"),
+    ],
+)
+def test_a_repository_keeps_within_the_profile(engine, tmp_path, tiny_card, shapes, asked, most, warm):
+    content = json.loads(manifest_path(engine).read_text())
+    card = json.loads(planned(tiny_card, Sizing(long_side=416)).to_json())
+    manifest_path(engine).write_text(json.dumps({**content, "shapes": read_shapes(shapes), "card": card}))
+    if most is None:
+        with pytest.raises(UsageError, match=warm):
+            write_repository(engine, tmp_path / "models", "roads", max_batch=asked)
+        return
+    text = (write_repository(engine, tmp_path / "models", "roads", max_batch=asked) / "config.pbtxt").read_text()
+    assert f"max_batch_size: {most}\n" in text
+    assert f"dims: {warm} zero_data" in text.replace("[ ", "[").replace(" ]", "]")

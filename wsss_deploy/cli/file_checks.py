@@ -46,6 +46,8 @@ def check_file(path: str) -> list[Check]:
         checks.append(structure(model))
     except WsssError as error:
         checks.append(Check("content", False, str(error)))
+    if model.suffix.lower() == ".engine":
+        checks += _graph(model)
     if model.suffix.lower() != ".pt":
         checks.append(_parity(model))
     return checks
@@ -64,6 +66,16 @@ def _engine(model: Path) -> Check:
     return Check("content", True, f"is what its manifest speaks of: {built}, {manifest.range_text()}{plugins}")
 
 
+def _graph(model: Path) -> list[Check]:
+    """Whether the ONNX file beside an engine, if there is one, is the one that it was built from."""
+    graph = model.with_suffix(".onnx")
+    if not graph.is_file():
+        return []
+    if hashlib.sha256(graph.read_bytes()).hexdigest() == read_manifest(model).onnx_sha256:
+        return [Check("graph", True, f"was built from the {graph.name} beside it")]
+    return [Check("graph", False, f"was built from another {graph.name} than the one beside it; build it anew")]
+
+
 def _openvino(model: Path) -> Check:
     check_weights(model)
     return Check("content", True, f"{weights_path(model).name} beside it belongs to it")
@@ -80,14 +92,15 @@ def _parity(model: Path) -> Check:
     report = model.with_name(report_name(model.name))
     try:
         content: dict[str, Any] = json.loads(report.read_bytes())
-        digest, verdict = content["model_sha256"], content["verdict"]
+        digest, verdict, agreement = content["model_sha256"], content["verdict"], content["final_agreement"]
     except OSError:
         return Check("parity", None, f"no {report.name} beside it; wsss-export writes one")
     except (ValueError, KeyError, TypeError):
         return Check("parity", False, f"{report.name} is damaged; export again")
     if digest != hashlib.sha256(model.read_bytes()).hexdigest():
         return Check("parity", False, f"{report.name} speaks of another file; export again")
-    agreement = content.get("final_agreement", float("nan"))
+    if verdict not in ("passed", "failed") or not isinstance(agreement, float | int):
+        return Check("parity", False, f"{report.name} is damaged; export again")
     return Check(
         "parity", verdict == "passed", f"{verdict} against torch, {agreement:.4%} of the pixels agree at least"
     )

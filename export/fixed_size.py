@@ -1,0 +1,39 @@
+"""Graphs of one size: which networks need it, and which size it is."""
+
+from __future__ import annotations
+
+import logging
+
+from wsss_deploy.card import ModelCard
+from wsss_deploy.errors import ExportError
+
+#: Largest side, in pixels, of a graph of fixed size that nobody asked for.
+FIXED_SIZE = 512
+
+_log = logging.getLogger(__name__)
+
+
+def with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard:
+    """The card of a graph that pads to a size, or the card as it is.
+
+    Args:
+        card: The model's card.
+        size: Pixels a side that were asked for; None leaves the size open where the encoder allows it.
+        source: Name of the model file, for errors.
+
+    Raises:
+        ExportError: The size is no multiple of the network's stride.
+    """
+    stride = card.preprocessing.stride
+    if size is not None and (size < stride or size % stride):
+        near = max(stride, (size + stride // 2) // stride * stride)
+        raise ExportError(f"{source}: size {size} is no multiple of the network's stride {stride}; pass --size {near}")
+    if size is None:
+        # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
+        if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
+            return card
+        wanted = min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
+        size = -(-wanted // stride) * stride
+        _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
+    preprocessing = card.preprocessing.model_copy(update={"fixed_size": size})
+    return card.model_copy(update={"preprocessing": preprocessing})
