@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from wsss_deploy.backends import check_device_name
 from wsss_deploy.cli.output_names import output_names
-from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
+from wsss_deploy.errors import ImageError, UsageError, WsssError
 from wsss_deploy.segmentation import write_png
 
 _log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class Predictor:
                 found = self._segmenter.predict(given)
                 write_png(self._out / f"{target}_mask.png", found.mask_image())
                 result = json.dumps({"image": str(source), "mask": f"{target}_mask.png", **found.summary()})
-            except (ImageError, BackendError) as problem:  # of this image; others would be of all
+            except (WsssError, OSError, ValueError) as problem:  # of this image, or of a name that no file can have
                 error = str(problem) if str(source) in str(problem) else f"{source}: {problem}"
             results.append(result)
             errors.append(error)
@@ -124,10 +126,11 @@ def predict_on_ray(
         different ones of `Segmenter.describe` among the workers.
 
     Raises:
-        UsageError: Ray is not installed or not to be reached, no worker fits into the cluster, or the table is not as
-            described.
+        UsageError: Ray is not installed or not to be reached, no worker fits into the cluster, the table is not as
+            described, or there is no such device.
         WsssError: An image was lost or reported twice, or the workers failed altogether.
     """
+    check_device_name(device)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a segmenter reports to nobody
     try:
         import ray
@@ -137,6 +140,10 @@ def predict_on_ray(
     if device.startswith("cuda:"):
         raise UsageError(f"device {device}: the cluster chooses the GPU of each worker; use 'cuda'")
     sources = source_names(images)
+    if not sources:
+        raise UsageError("there is no image to segment; pass some, or a table with rows")
+    if not _log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a failure is told once, by the error
     targets = dict(zip(sources, output_names([Path(source) for source in sources]), strict=True))
     out.mkdir(parents=True, exist_ok=True)
     started = not ray.is_initialized()
@@ -172,12 +179,18 @@ def predict_on_ray(
         )
         found = rows.take_all()
     except ray.exceptions.RayError as error:
-        reason = str(getattr(error, "cause", None) or error.__cause__ or error).strip().partition("\n")[0]
-        raise WsssError(f"the workers failed ({reason}); --debug shows all of it") from error
+        raise WsssError(f"the workers failed ({_root(str(error))}); --debug shows all of it") from error
     finally:
         if started:
             ray.shutdown()
     return _record(sources, found)
+
+
+def _root(text: str) -> str:
+    """What a worker raised first, from the tracebacks that Ray's errors are made of."""
+    raised = re.findall(r"^(?:\w+\.)*([A-Z]\w*(?:: .+)?)$", text, re.MULTILINE)
+    lines = raised or [line for line in text.splitlines() if line.strip()] or ["no reason given"]
+    return lines[0].strip()[:300]
 
 
 def source_names(images: Sequence[Path] | ParquetImages) -> list[str]:
@@ -206,7 +219,14 @@ def source_names(images: Sequence[Path] | ParquetImages) -> list[str]:
     kind = dataset.schema.field(table.image).type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise UsageError(f"{table.path}: column {table.image} is of type {kind}, expected binary: the images' files")
-    names = [str(name) for name in dataset.to_table(columns=[table.name])[table.name].to_pylist()]
+    cells = dataset.to_table(columns=[table.name])[table.name].to_pylist()
+    if not cells:
+        raise UsageError(f"{table.path}: holds no rows, expected one for each image")
+    if None in cells:
+        raise UsageError(
+            f"{table.path}: column {table.name} is empty in row {cells.index(None) + 1}; names tell results apart"
+        )
+    names = [str(name) for name in cells]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(

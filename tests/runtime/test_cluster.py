@@ -14,7 +14,7 @@ from PIL import Image
 from wsss_deploy import Segmenter
 from wsss_deploy.cli.predict import main
 from wsss_deploy.cluster import ParquetImages, Predictor, _record, predict_on_ray
-from wsss_deploy.errors import UsageError, WsssError
+from wsss_deploy.errors import BackendError, UsageError, WsssError
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -32,6 +32,20 @@ class DiesOnce(Predictor):
         except FileExistsError:
             return found
         os._exit(1)
+
+
+class CannotBegin(Predictor):
+    """A worker that fails before its first block."""
+
+    def __init__(self, *_):
+        raise BackendError("no room for the model")
+
+
+class CannotGoOn(Predictor):
+    """A worker that fails on every block."""
+
+    def __call__(self, batch):
+        raise ZeroDivisionError("a defect")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +119,49 @@ def test_a_table_of_images(cluster, folder, color_onnx, capsys):
     pyarrow.parquet.write_table(pyarrow.table({key: [value[1]] * 2 for key, value in content.items()}), table)
     with pytest.raises(UsageError, match=r"holds 'left/0\.png' more than once"):
         predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
+
+
+def test_names_that_no_file_can_have_and_tables_without_rows(cluster, folder, color_onnx):
+    import pyarrow
+    import pyarrow.parquet
+
+    image = (folder / "images" / "00.png").read_bytes()
+    table = folder / "images.parquet"
+
+    def write(names):
+        typed = {"name": pyarrow.array(names, pyarrow.string()), "image": pyarrow.array([image] * len(names))}
+        pyarrow.parquet.write_table(pyarrow.table(typed | {"image": typed["image"].cast(pyarrow.binary())}), table)
+
+    write(["a\0b", "d" * 300, "../../e.png"])
+    found = predict_on_ray(ParquetImages(table), color_onnx, folder / "out", workers=1)
+    assert len(found["images"]) == 2
+    (failure,) = found["failed"]
+    assert failure["image"] == "a\0b"
+    assert "null byte" in failure["error"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["d" * 200 + "_mask.png", "e_mask.png"]
+    write([])
+    with pytest.raises(UsageError, match="holds no rows"):
+        predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
+    write(["a", None])
+    with pytest.raises(UsageError, match="column name is empty in row 2"):
+        predict_on_ray(ParquetImages(table), color_onnx, folder / "out")
+    with pytest.raises(UsageError, match="no image to segment"):
+        predict_on_ray([], color_onnx, folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("predictor", "reason"),
+    [(CannotBegin, "BackendError: no room for the model"), (CannotGoOn, "ZeroDivisionError: a defect")],
+)
+def test_what_ails_the_workers_is_told(cluster, folder, color_onnx, predictor, reason):
+    with pytest.raises(WsssError) as error:
+        predict_on_ray([folder / "images" / "00.png"], color_onnx, folder / "out", workers=1, predictor=predictor)
+    assert str(error.value) == f"the workers failed ({reason}); --debug shows all of it"
+
+
+def test_a_device_that_is_none_is_told_before_the_work(folder, color_onnx):
+    with pytest.raises(UsageError, match="unknown device 'bogus'"):
+        predict_on_ray([folder / "images" / "00.png"], color_onnx, folder / "out", device="bogus")
 
 
 def test_every_image_has_to_be_reported_once():
