@@ -188,7 +188,7 @@ def predict_on_ray(
 
 def _root(text: str) -> str:
     """What a worker raised first, from the tracebacks that Ray's errors are made of."""
-    raised = re.findall(r"^(?:\w+\.)*([A-Z]\w*(?:: .+)?)$", text, re.MULTILINE)
+    raised: list[str] = re.findall(r"^(?:\w+\.)*([A-Z]\w*(?:: .+)?)$", text, re.MULTILINE)
     lines = raised or [line for line in text.splitlines() if line.strip()] or ["no reason given"]
     return lines[0].strip()[:300]
 
