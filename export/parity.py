@@ -80,7 +80,7 @@ THRESHOLDS = {
     "fp32": Thresholds(),
     "fp16": Thresholds(0.1, 2e-3, 0.2, final_agreement=0.99, class_iou=0.9, miou_drop=0.003),
     "bf16": Thresholds(0.25, 5e-3, 0.5, final_agreement=0.98, class_iou=0.75, miou_drop=0.003),
-    "int8": Thresholds(1.0, 0.03, 0.5, wrong=0.01, final_agreement=0.95, class_iou=0.6, miou_drop=0.01, patterns=False),
+    "int8": Thresholds(1.0, 0.03, 0.5, wrong=0.01, final_agreement=0.95, class_iou=0.5, miou_drop=0.01, patterns=False),
 }
 
 

@@ -200,7 +200,7 @@ def test_a_class_that_vanishes_fails_whatever_else_agrees(single, exported, phot
     lenient = dataclasses.replace(THRESHOLDS["int8"], score_mean=1.0, tie=2.0, final_agreement=0.0)
     report = check_parity(exported() / "model.pt", tmp_path / "model.onnx", images, lenient)
     assert not report.passed
-    assert any(f"class '{name}': IoU 0.000 with torch's masks, not 0.6" in item for item in report.problems)
+    assert any(f"class '{name}': IoU 0.000 with torch's masks, not 0.5" in item for item in report.problems)
 
 
 def test_pixels_that_may_differ_where_nothing_is_tied():
