@@ -130,11 +130,12 @@ def model_card(card: ModelCard) -> str:
         for name, color in zip(card.classes, card.palette, strict=True)
     )
     sizing = card.sizing
-    size = (
-        f"longer side resized to {sizing.long_side} pixels"
-        if sizing.long_side
-        else f"own size up to {sizing.max_long_side} pixels"
-    )
+    if sizing.tile:
+        size = f"own size, in windows of {sizing.tile} pixels"
+    elif sizing.long_side:
+        size = f"longer side resized to {sizing.long_side} pixels"
+    else:
+        size = f"own size up to {sizing.max_long_side} pixels"
     details = {
         "Network": f"{card.architecture.encoder}, decoder {card.architecture.decoder}",
         "Input": size,

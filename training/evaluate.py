@@ -228,7 +228,7 @@ def evaluate(
         "data": source.name,
         "split": split,
         "images": len(names),
-        "resolution": f"long side {sizing.long_side} px" if sizing.long_side else "native",
+        "resolution": f"long side {sizing.long_side} px" if sizing.long_side and not sizing.tile else "native",
         "scales": 1,
         "flip": False,
         "crf": False,

@@ -80,8 +80,8 @@ class Sizing(_Plain):
         long_side: The longer side is resized to about this many pixels (both sides rounded to the network's
             stride); None keeps the image's own size.
         max_long_side: With `long_side` None, a larger image is resized down to this many pixels.
-        tile: An image with a longer side than this is not resized but cut into overlapping windows of so many pixels
-            a side (`wsss_deploy.tiling`); None never cuts.
+        tile: Images keep their size, and those with a longer side than this are cut into overlapping windows of so
+            many pixels a side (`wsss_deploy.tiling`); None never cuts.
         overlap: Pixels that neighbouring windows share, at most half a tile.
     """
 
