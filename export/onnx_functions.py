@@ -178,13 +178,14 @@ def affinity_function(parameters: PairwiseParameters, opset: int) -> onnx.Functi
         _gaussian(body, padded, size)
         return body.function(AFFINITY, ["guide"], opset)
     count = len(parameters.offsets)
-    differences = [body.add("Sub", body.neighbour(padded, size, k), "guide") for k in range(count)]
-    # From the first neighbour on, so that the variance is exactly 0 where all are the same.
-    relative = [body.add("Sub", difference, differences[0]) for difference in differences]
-    mean = body.add("Div", body.total(relative), body.constant(count))
-    squares = []
-    for value in relative:
-        deviation = body.add("Sub", value, mean)
+    # From the first neighbour on, so that the variance is exactly 0 where all are the same. Neighbours are taken anew
+    # in each pass, of the size of what the pass before gave: a runtime then need not hold K of them.
+    first = body.neighbour(padded, size, 0)
+    total = body.total([body.add("Sub", body.neighbour(padded, size, k), first) for k in range(count)])
+    mean = body.add("Div", total, body.constant(count))
+    size, squares = body.size_of(mean), []
+    for k in range(count):
+        deviation = body.add("Sub", body.add("Sub", body.neighbour(padded, size, k), first), mean)
         squares.append(body.add("Mul", deviation, deviation))
     variance = body.add("Div", body.total(squares), body.constant(count - 1))
     deviation = body.add("Add", body.add("Sqrt", variance), body.constant(_EPSILON))
@@ -192,8 +193,9 @@ def affinity_function(parameters: PairwiseParameters, opset: int) -> onnx.Functi
     # A channel whose contrasts are all the same cancels in the softmax; see `reference.affinity`.
     flat = body.add("Equal", variance, body.constant(0))
     divisor = body.add("Where", flat, body.constant(np.inf), divisor)
-    scores = []
-    for difference in differences:
+    size, scores = body.size_of(divisor), []
+    for k in range(count):
+        difference = body.add("Sub", body.neighbour(padded, size, k), "guide")
         ratio = body.add("Div", difference, divisor)
         mean_square = body.add("ReduceMean", body.add("Mul", ratio, ratio), body.integers(1), keepdims=1)
         scores.append(body.add("Neg", mean_square))

@@ -160,21 +160,21 @@ class Recipe(_Strict):
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base` in which the values of `over` replace or, for mappings, extend those of `base`.
 
-    A mapping with another `name` (another method) replaces instead of extending: options of one method mean
+    A mapping with another `name` (another method) or `kind` replaces instead of extending: options of one mean
     nothing to the next. Options that came before any name are of the one that is named then.
     """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if (
-            isinstance(old, Mapping)
-            and isinstance(value, Mapping)
-            and (None in (old.get("name"), value.get("name")) or value["name"] == old["name"])
-        ):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not _is_another(old, value):
             result[key] = merge(old, value)
         else:
             result[key] = value
     return result
+
+
+def _is_another(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return any(None not in (old.get(key), new.get(key)) and old[key] != new[key] for key in ("name", "kind"))
 
 
 class _Loader(yaml.SafeLoader):

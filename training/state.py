@@ -84,7 +84,15 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
             f"{path}: was written by another recipe (differs in {', '.join(changed) or 'format'}); resume with the "
             "run's own recipe.yaml, or start a new run with another --out"
         )
+    if recipe.method.name == "tscd":
+        content["module"] = {_moved(name): value for name, value in content["module"].items()}
     return content
+
+
+def _moved(name: str) -> str:
+    """Where a tensor of `tscd` lies since its classifier may be of several kinds."""
+    old = "method.head."
+    return f"method.classifier.head.{name.removeprefix(old)}" if name.startswith(old) else name
 
 
 def _lacks(values: Any, key: str) -> bool:
@@ -98,8 +106,10 @@ def _lacks(values: Any, key: str) -> bool:
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            found for key in keys for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
-        ]
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            name = f"{prefix}.{key}".strip(".")
+            # What is not there differs from null, too.
+            found += _differences(old[key], new[key], name) if key in old and key in new else [name]
+        return found
     return [] if old == new else [prefix]

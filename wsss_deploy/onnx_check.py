@@ -32,7 +32,7 @@ _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 
 _BITS |= {16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 _DEEPEST, _LONGEST_TEXT = 16, 4096
 #: Functions that call functions, and nodes once all of them are inlined; a refining graph of ours has some thousands.
-_DEEPEST_CALL, _MOST_NODES = 32, 200_000
+_DEEPEST_CALL, _MOST_NODES = 32, 1_000_000
 
 #: Domain and name of a function; None is the graph.
 _Owner = tuple[str, str] | None
@@ -93,7 +93,7 @@ class _Checker:
         if self._size(None, 0) > _MOST_NODES:
             raise ArtifactError(
                 f"{self._path}: its functions call one another so often that more than {_MOST_NODES:,} operators would "
-                "have to run; it is hostile: use a file of wsss-export"
+                "have to run; it is hostile, or refines with far more neighbours and steps than a runtime can bear"
             )
 
     def _function(self, begin: int, end: int) -> tuple[str, str]:

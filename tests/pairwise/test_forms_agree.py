@@ -169,6 +169,21 @@ def test_a_channel_whose_neighbours_are_all_the_same_says_nothing(kind, isa):
         np.testing.assert_allclose(found[:, :, 4, 4], expected, atol=1e-5)
 
 
+def test_a_lone_pixel_does_not_round_its_neighbours_away(isa):
+    """They differ by less than a digit of the difference to it, and are not all the same."""
+    rng = np.random.default_rng(5)
+    guide = rng.random((1, 3, 9, 9)).astype(np.float32)
+    guide[:, 0] = np.float32(0.01) + rng.integers(0, 2, (9, 9)).astype(np.float32) * np.float32(2e-9)
+    guide[:, 0, 4, 4] = 1.0
+    parameters = PairwiseParameters(dilations=(1, 2))
+    expected = reference.affinity(torch.from_numpy(guide), parameters).numpy()
+    assert expected[0, :, 4, 4].std() < 0.02, "this channel outweighs the others"
+    compiled = np.empty((1, 16, 9, 9), np.float32)
+    native.affinity(parameters, guide, compiled, 1, isa)
+    for found in (compiled, numpy_form.affinity(guide, parameters)):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(("value", "weight"), [(1.36, 1.0), (1.315, 0.01), (1.2, 1e-30)])
 def test_gaussians_at_the_end_of_the_numbers(compiled, value, weight):
     """A lone pixel whose weights are hardly numbers: the same in every form, their sum 1 or all 0."""

@@ -65,6 +65,28 @@ def test_bodies_equal_the_reference_at_every_size(case, scene, opset):
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_guides_at_the_end_of_the_numbers():
+    """A channel whose neighbours are all the same, one whose neighbours nearly are; Gaussians that are hardly any."""
+    rng = np.random.default_rng(5)
+    guide = rng.random((1, 3, 9, 9)).astype(np.float32)
+    guide[:, 0] = np.float32(0.01) + rng.integers(0, 2, (9, 9)).astype(np.float32) * np.float32(2e-9)
+    guide[:, 1] = 0.3
+    guide[:, :2, 4, 4] = 1.0
+    term = GaussianTerm(sigma_rgb=0.1)
+    cases = [(guide, PairwiseParameters(kind=kind, dilations=(1, 2), iterations=2)) for kind in ("par", "varm")]
+    for value in (1.2, 1.33, 1.36):
+        lone = np.zeros((1, 3, 9, 9), np.float32)
+        lone[:, 0, 4, 4] = value
+        options = {"kind": "gaussian", "dilations": (1,), "terms": (term,), "normalise": True, "iterations": 1}
+        cases.append((lone, PairwiseParameters(**options)))
+    masks = rng.random((1, 2, 9, 9)).astype(np.float32)
+    for image, parameters in cases:
+        model = graph(parameters, 20)
+        attach_functions(model, parameters)
+        (out,) = session(model).run(None, {"guide": image, "masks": masks})
+        np.testing.assert_allclose(out, numpy_form.refine(masks, image, parameters), rtol=1e-3, atol=1e-4)
+
+
 def test_torch_exports_the_nodes(scene):
     parameters = PairwiseParameters(dilations=(1, 2), iterations=2)
 

@@ -89,6 +89,11 @@ def test_another_method_drops_the_options_of_the_first():
     base = {"method": {"name": "gated_crf", "weight": 0.3}}
     assert merge(base, {"method": {"name": "partial_ce"}}) == {"method": {"name": "partial_ce"}}
     assert merge(base, {"method": {"weight": 0.5}}) == {"method": {"name": "gated_crf", "weight": 0.5}}
+    cams = {"cams": {"kind": "classifier", "depths": [1.0]}}
+    assert merge(cams, {"cams": {"kind": "shared_feature"}}) == {"cams": {"kind": "shared_feature"}}
+    assert merge({"cams": {"scales": [1.0]}}, {"cams": {"kind": "tokens"}}) == {
+        "cams": {"scales": [1.0], "kind": "tokens"}
+    }
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("3", 3), ("none", "none"), ("[1, 2]", [1, 2])])

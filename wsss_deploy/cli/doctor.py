@@ -120,7 +120,7 @@ def _cuda_versions() -> dict[str, str]:
         try:
             if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version)) == 0:
                 found["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        except OSError:
+        except (OSError, AttributeError):  # the latter from a library of that name that is none
             continue
     built = {
         "torch": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
