@@ -333,8 +333,9 @@ def default_recipe(
                 # does (`least`) that is better than all of the above, which harms dense labels.
                 chosen |= {"propagate": {"alone": True, "tokens": {"images": background}}}
         else:
-            # Scribbles lie everywhere, so nothing has to be carried far; a wide reach erodes small structures.
-            chosen |= {"radius": 2, "kernels": [{"weight": 1.0, "xy": 2.0, "rgb": 0.4}]}
+            # Scribbles lie everywhere, so nothing has to be carried far, and a wide reach erodes small structures: what
+            # is missing are borders, which the loss sees at the image's own resolution.
+            chosen |= {"stride": 1, "radius": 5, "kernels": [{"weight": 1.0, "xy": 5.0, "rgb": 0.4}]}
         if method == "dfr":
             # For the same reasons; the deep kernel waits until features tell classes apart.
             near = {} if supervision == "points" else {"radius": 2, "xy": 2.0}

@@ -23,6 +23,12 @@ def test_defaults_are_valid_for_every_supervision():
     assert build_recipe(default_recipe("points", 300, method="gated_crf")).method.propagate is None
 
 
+def test_scribbles_are_regularised_at_the_images_resolution():
+    for supervision, stride in (("scribbles", 1), ("auto", 1), ("points", 4)):
+        method = build_recipe(default_recipe(supervision, 300)).method
+        assert (method.name, method.stride, method.radius) == ("gated_crf", stride, 5)
+
+
 def test_short_runs_of_dfr_begin_its_terms_later():
     for supervision in ("scribbles", "auto"):
         dfr = build_recipe(default_recipe(supervision, 300, method="dfr")).method
