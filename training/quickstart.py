@@ -26,7 +26,13 @@ _log = logging.getLogger(__name__)
 #: TinyViT (arXiv 2207.10666), narrower and one block a stage: convolutions at stride 4, window attention from 8 on.
 RECIPE: Mapping[str, Any] = {
     "supervision": "scribbles",
-    "method": {"name": "gated_crf", "start": 0.3, "radius": 5, "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.25}]},
+    "method": {
+        "name": "gated_crf",
+        "start": 0.3,
+        "stride": 4,
+        "radius": 5,
+        "kernels": [{"weight": 1.0, "xy": 6.0, "rgb": 0.25}],
+    },
     "model": {
         "encoder": "tiny_vit_5m_224",
         "encoder_options": {
