@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from wsss_deploy.errors import ExportError
 from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters
+from wsss_deploy.pairwise.parameters import gaussian_cut_off
 
 DOMAIN = "wsss"
 VERSION = 1
@@ -26,8 +27,7 @@ AFFINITY = "PairwiseAffinity"
 STEP = "PairwiseStep"
 _EPSILON = 1e-8
 _LOWEST = -1e30
-# `reference.cut_off` of float32.
-_CUT_OFF = -87.0
+_CUT_OFF = gaussian_cut_off(4)
 
 
 def register_schemas() -> None:

@@ -98,17 +98,7 @@ class TritonSegmenter:
         return Segmentation(found, pixels, self._card.classes, self._card.palette, timing)
 
     def scores_of(self, windows: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        """Class probabilities of images of one size at which the server sees them as they are, one a request.
-
-        Args:
-            windows: RGB, uint8 (H, W, 3).
-
-        Returns:
-            float32 (N, C, H, W).
-
-        Raises:
-            BackendError: The server failed.
-        """
+        """As `wsss_deploy.tiling.WindowScorer`, one request for each window; BackendError if the server fails."""
         return np.stack([self._infer(window, "scores") for window in windows])
 
     def _infer(self, image: npt.NDArray[np.uint8], output: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_deploy.pairwise.parameters import GaussianTerm, PairwiseParameters
+from wsss_deploy.pairwise.parameters import GaussianTerm, PairwiseParameters, gaussian_cut_off
 
 Floats = NDArray[np.floating]
 _EPSILON = 1e-8
@@ -147,10 +147,5 @@ def _term(term: GaussianTerm, square: Floats, dy: int, dx: int) -> Floats:
     if term.sigma_features is not None:
         exponent += square[:, 3:].sum(1) / term.sigma_features**2
     exponent *= -0.5
-    weights: Floats = term.weight * np.where(exponent < _cut_off(exponent.itemsize), 0, np.exp(exponent))
+    weights: Floats = term.weight * np.where(exponent < gaussian_cut_off(exponent.itemsize), 0, np.exp(exponent))
     return weights.astype(square.dtype)
-
-
-def _cut_off(size: int) -> float:
-    """As in `reference`, which needs torch."""
-    return -708.0 if size > 4 else -87.0

@@ -18,6 +18,14 @@ Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Distance = Annotated[int, Field(ge=1, le=1024)]
 
 
+def gaussian_cut_off(size: int) -> float:
+    """The exponent below which every form takes a Gaussian for 0, for numbers of `size` bytes: exp gives no normal one.
+
+    `exponential` in csrc/arithmetic.h is the compiled forms' own.
+    """
+    return -708.0 if size > 4 else -87.0
+
+
 class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

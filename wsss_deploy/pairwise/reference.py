@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wsss_deploy.pairwise.parameters import GaussianTerm, PairwiseParameters
+from wsss_deploy.pairwise.parameters import GaussianTerm, PairwiseParameters, gaussian_cut_off
 
 _EPSILON = 1e-8
 # Below this the softmax is zero anyway; it keeps a lone pixel in a flat patch (contrast 1e8) finite.
@@ -167,12 +167,7 @@ def _term(term: GaussianTerm, square: Tensor, dy: int, dx: int) -> Tensor:
     if term.sigma_features is not None:
         exponent = exponent + square[:, 3:].sum(1) / term.sigma_features**2
     exponent = -0.5 * exponent
-    return term.weight * torch.where(exponent < cut_off(exponent.dtype.itemsize), 0, exponent.exp())
-
-
-def cut_off(size: int) -> float:
-    """The exponent below which every form takes a Gaussian for 0, for numbers of `size` bytes: no normal number."""
-    return -708.0 if size > 4 else -87.0
+    return term.weight * torch.where(exponent < gaussian_cut_off(exponent.dtype.itemsize), 0, exponent.exp())
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
