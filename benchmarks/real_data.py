@@ -69,9 +69,21 @@ SETTINGS = (
     Setting("voc-scribbles-default-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
     Setting("voc-scribbles-early-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *ABSENT, *EARLY)),
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
-    Setting("voc-scribbles-dfr-kernel", "voc_animals", "scribbles", "dfr", extra=("--set", "method.head_weight=0")),
-    Setting("voc-scribbles-dfr-head", "voc_animals", "scribbles", "dfr", extra=("--set", "method.weight=0")),
-    Setting("voc-scribbles-dfr", "voc_animals", "scribbles", "dfr"),
+    # DFR at stride 4: its kernel alone, its head alone, both. Points as `-gated` has them, without further sources.
+    *(
+        Setting(f"{prefix}-{suffix}", data, kind, "dfr", figure, (*options, *extra))
+        for prefix, data, kind, figure, options in (
+            ("voc-points", "voc_animals", "points", "miou", ALONE),
+            ("voc-scribbles", "voc_animals", "scribbles", "miou", ()),
+            ("camvid-scribbles", "camvid", "scribbles", "miou", ()),
+            ("acdc-scribbles", "acdc_scribbles", "scribbles", "foreground_miou", ()),
+        )
+        for suffix, extra in (
+            ("dfr-kernel", ("--set", "method.head_weight=0")),
+            ("dfr-head", ("--set", "method.weight=0")),
+            ("dfr", ()),
+        )
+    ),
     # How little annotation is enough: parts of the scribbles' length, 0 is a point.
     *(
         Setting(
