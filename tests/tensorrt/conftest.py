@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import types
 from contextlib import contextmanager
 
@@ -258,6 +259,62 @@ class FakeLayer:
         self.check()
         self.downloaded.append(target.nbytes)
         ctypes.memmove(target.ctypes.data, int(source), target.nbytes)
+
+    def mark(self, stream):
+        self.check()
+        return time.perf_counter()
+
+    def milliseconds(self, start, end):
+        self.check()
+        return (end - start) * 1e3
+
+
+class LazyLayer(FakeLayer):
+    """Does the work of a stream when it is waited for: a buffer that is written too early gives a wrong result."""
+
+    def __init__(self, index):
+        super().__init__(index)
+        self.work = {}
+
+    def handle(self, stream):
+        return id(stream)
+
+    def put(self, handle, name, do):
+        self.work.setdefault(handle, []).append(do)
+        self.events.append((name, handle))
+
+    def upload(self, target, source, stream):
+        address, count = source.ctypes.data, source.nbytes
+        self.put(id(stream), "upload", lambda: ctypes.memmove(int(target), address, count))
+
+    def download(self, target, source, stream):
+        address, count = target.ctypes.data, target.nbytes
+        self.put(id(stream), "download", lambda: ctypes.memmove(address, int(source), count))
+
+    def wait(self, stream):
+        self.check()
+        self.events.append(("wait", id(stream)))
+        for do in self.work.pop(id(stream), []):
+            do()
+
+
+@pytest.fixture
+def lazy_machine(machine, monkeypatch):
+    """`machine`, whose layers do a stream's work, the network's included, when it is waited for."""
+
+    def opened(index):
+        machine.append(LazyLayer(index))
+        return machine[-1]
+
+    execute = Context.execute_async_v3
+
+    def put(context, handle):
+        machine[-1].put(handle, "network", lambda: execute(context, handle))
+        return True
+
+    monkeypatch.setattr(runner, "open_device", opened)
+    monkeypatch.setattr(Context, "execute_async_v3", put)
+    return machine
 
 
 @pytest.fixture

@@ -56,6 +56,22 @@ class FakeRuntime(types.ModuleType):
         ctypes.memmove(target, source, count)
         return (0,)
 
+    def cudaEventCreate(self):
+        self.times = {**getattr(self, "times", {}), len(getattr(self, "times", {})): None}
+        return 0, len(self.times) - 1
+
+    def cudaEventRecord(self, event, stream):
+        assert stream == 11
+        self.times[event] = 2.5 * event
+        return (0,)
+
+    def cudaEventElapsedTime(self, start, end):
+        return 0, self.times[end] - self.times[start]
+
+    def cudaEventDestroy(self, event):
+        self.calls.append("event destroyed")
+        return (0,)
+
     def cudaStream_t(self, handle):
         return handle
 
@@ -113,6 +129,16 @@ def test_cuda_bindings_is_taken_where_pycuda_is_absent(runtime, contexts):
     del values, back, buffer, stream
     assert runtime.memory == {}, "everything is freed with its object"
     assert runtime.calls[-1] == "stream destroyed"
+
+
+def test_time_between_marks(runtime):
+    layer = open_device(0)
+    with layer.active():
+        stream = layer.stream()
+        start, end = layer.mark(stream), layer.mark(stream)
+        assert layer.milliseconds(start, end) == 2.5
+    del start, end
+    assert runtime.calls == 2 * ["event destroyed"]
 
 
 def test_a_graph_is_recorded_and_launched(runtime):
@@ -186,7 +212,18 @@ def pycuda(monkeypatch, runtime):
         memory.held = Scoped(pushed)
         return np.frombuffer(memory, dtype)
 
-    driver.pagelocked_empty = pagelocked_empty
+    class Event(Scoped):
+        def __init__(self):
+            super().__init__(pushed)
+
+        def record(self, stream):
+            self.stream = stream
+
+        def time_till(self, end):
+            assert end.stream is self.stream
+            return 1.5
+
+    driver.pagelocked_empty, driver.Event = pagelocked_empty, Event
     package = types.ModuleType("pycuda")
     package.driver = driver
     monkeypatch.setitem(sys.modules, "pycuda", package)
@@ -215,6 +252,16 @@ def test_what_is_pycudas_goes_where_its_context_is_current(pycuda):
     assert pycuda == ["push", "pop"] + 2 * ["push", "released", "pop"]
     del part
     assert pycuda == ["push", "pop"] + 3 * ["push", "released", "pop"]
+
+
+def test_time_between_marks_of_pycuda(pycuda):
+    layer = open_device(0)
+    with layer.active():
+        stream = layer.stream()
+        start, end = layer.mark(stream), layer.mark(stream)
+        assert layer.milliseconds(start, end) == 1.5
+    del start, end
+    assert pycuda == ["push", "pop"] + 2 * ["push", "released", "pop"]
 
 
 def test_buffers_grow_and_give_views(runtime):

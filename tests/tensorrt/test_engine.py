@@ -113,6 +113,50 @@ def test_buffers_are_kept_while_the_shape_stays(engine, machine):
     assert layer.allocated == 6  # three tensors in each of the two slots
 
 
+def test_batches_of_one_call_overlap(engine, tiny_onnx, lazy_machine):
+    ours, theirs = Segmenter(engine), Segmenter(tiny_onnx, device="cpu", threads=1)
+    layer = lazy_machine[-1]
+    images = [pattern_image(48, 64, seed) for seed in range(18)]  # five batches, the last of another shape
+    for _ in range(2):
+        layer.events.clear()
+        masks = ours.predict_masks(images)
+        for mask, image in zip(masks, images, strict=True):
+            np.testing.assert_array_equal(mask, theirs.predict(image).mask)
+        told = [event for event in layer.events if isinstance(event, tuple)]
+        first, second = dict.fromkeys(handle for _, handle in told)
+        done = [("upload", first), ("network", first), ("download", first)]
+        assert told[:3] == done
+        assert [(name, first) for name, handle in told[3:6] if handle == second] == done, "before any wait"
+        assert told[6] == ("wait", first)
+        assert told[7] == ("upload", first), "the next batch starts while the second one runs"
+        assert not layer.work, "nothing is left in a stream"
+
+
+def test_a_failure_leaves_nothing_in_the_other_slot(engine, tiny_onnx, lazy_machine, monkeypatch):
+    ours, theirs = TensorRTBackend(engine, "cuda"), Segmenter(tiny_onnx, device="cpu", threads=1)
+    layer, wait = lazy_machine[-1], lazy_machine[-1].wait
+    images = np.stack([pattern_image(48, 64, seed) for seed in range(12)])
+
+    def failing(stream):
+        monkeypatch.setattr(layer, "wait", wait)
+        raise BackendError("CUDA failed (cudaErrorLaunchFailure)")
+
+    monkeypatch.setattr(layer, "wait", failing)
+    with pytest.raises(BackendError, match="cudaErrorLaunchFailure"):
+        ours.masks(images)
+    assert not layer.work
+    for mask, image in zip(ours.masks(images), images, strict=True):
+        np.testing.assert_array_equal(mask, theirs.predict(image).mask)
+
+
+def test_a_call_with_one_slot_left_does_not_wait_for_another(engine, lazy_machine):
+    backend = TensorRTBackend(engine, "cuda")
+    images = np.stack([pattern_image(48, 64, seed) for seed in range(12)])
+    expected = backend.masks(images)
+    backend._free.get()
+    np.testing.assert_array_equal(backend.masks(images), expected)
+
+
 def test_threads_get_their_own_results(engine, tiny_onnx):
     ours, theirs = Segmenter(engine), Segmenter(tiny_onnx, device="cpu", threads=1)
     images = [pattern_image(32 + 16 * (seed % 3), 64, seed) for seed in range(24)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from wsss_deploy.backends.base import memory_is_short
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
 from wsss_deploy.backends.device_refinement import DeviceRefinement
+from wsss_deploy.errors import BackendError
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -45,7 +47,19 @@ class DeviceLane:
         launch: Callable[[int, int], None],
         refiner: Refiner | None,
     ) -> tuple[npt.NDArray[Any], float | None]:
-        """One output, and the milliseconds that refining it took; None if it was not refined.
+        """What `start` puts into the stream, done; arguments and errors as there."""
+        return self.start(images, output, shape, dtype, launch, refiner)()
+
+    def start(
+        self,
+        images: npt.NDArray[np.uint8],
+        output: str,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        launch: Callable[[int, int], None],
+        refiner: Refiner | None,
+    ) -> Callable[[], tuple[npt.NDArray[Any], float | None]]:
+        """Put upload, network, refinement and download into the stream, without waiting for them.
 
         Args:
             images: RGB, uint8 (N, H, W, 3).
@@ -55,8 +69,12 @@ class DeviceLane:
             launch: Puts the network into the stream, from the images' address to the output's.
             refiner: Of scores, one that the refinement has no obstacle against.
 
+        Returns:
+            A function that waits and gives the output, and the milliseconds that refining it took (None if it was not
+            refined). It has to be called, or `settle`, before the next start: the buffers are the same.
+
         Raises:
-            BackendError: CUDA failed.
+            BackendError: CUDA failed; also by the function.
         """
         staged, result = self.buffers.host("image", images.shape, np.uint8), self.buffers.host(output, shape, dtype)
         image, found = self.buffers.device("image", staged.nbytes), self.buffers.device(output, result.nbytes)
@@ -65,8 +83,17 @@ class DeviceLane:
         launch(image, found)
         refined = None if refiner is None else self.refinement.timed(refiner.settings, image, found, shape)
         self._layer.download(result, found if refined is None else refined[0], self._stream)
-        self._layer.wait(self._stream)
-        return result.copy(), None if refined is None else refined[1]  # the buffer is the next call's
+
+        def finish() -> tuple[npt.NDArray[Any], float | None]:
+            self._layer.wait(self._stream)
+            return result.copy(), None if refined is None else refined[1]()  # the buffer is the next call's
+
+        return finish
+
+    def settle(self) -> None:
+        """Wait for what was started and is not wanted any more, whatever became of it."""
+        with suppress(BackendError):
+            self._layer.wait(self._stream)
 
     def failed(self, error: Exception) -> None:
         """Where memory was short, give back what is held for images of this size: it would hinder smaller batches."""

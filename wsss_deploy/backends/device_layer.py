@@ -72,6 +72,14 @@ class DeviceLayer(Protocol):
         """Copy from the device into a page-locked array, asynchronously."""
         ...
 
+    def mark(self, stream: Any) -> Any:
+        """A point in the stream, for `milliseconds`."""
+        ...
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """From one mark to another of the same stream, which has been waited for."""
+        ...
+
 
 def open_device(index: int) -> DeviceLayer:
     """The layer that is installed.
@@ -174,6 +182,18 @@ class PyCudaLayer:
         """See `DeviceLayer`."""
         self._driver.memcpy_dtoh_async(target, int(source), stream.value)
 
+    @_as_ours
+    def mark(self, stream: Any) -> Any:
+        """See `DeviceLayer`."""
+        event = self._driver.Event()
+        event.record(stream.value)
+        return _Dropped(event, self.active)
+
+    @_as_ours
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """See `DeviceLayer`."""
+        return float(start.value.time_till(end.value))
+
 
 class CudaBindingsLayer:
     """See `DeviceLayer`; through the runtime API, whose context is the primary one."""
@@ -233,6 +253,16 @@ class CudaBindingsLayer:
         """See `DeviceLayer`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         checked(self._cuda.cudaMemcpyAsync(target.ctypes.data, int(source), target.nbytes, kind, stream.value))
+
+    def mark(self, stream: Any) -> Any:
+        """See `DeviceLayer`."""
+        event = _Owned(checked(self._cuda.cudaEventCreate()), self._cuda.cudaEventDestroy, self.active)
+        checked(self._cuda.cudaEventRecord(event.value, stream.value))
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """See `DeviceLayer`."""
+        return float(checked(self._cuda.cudaEventElapsedTime(start.value, end.value)))
 
 
 def capture_graph(handle: int, enqueue: Callable[[], None]) -> Callable[[], None]:

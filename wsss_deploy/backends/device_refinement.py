@@ -7,7 +7,7 @@ GPU**: what is tested is the kernels' code and the order of launches, by a stand
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -72,18 +72,19 @@ class DeviceRefinement:
         whole = batch, channels, height, width
         return refine_at(self._place, settings.parameters, whole, (3, guide), scores, weights, spare)
 
-    def timed(self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]) -> tuple[int, float] | None:
-        """Refine as a call does and wait for it.
+    def timed(
+        self, settings: Refinement, images: int, scores: int, shape: tuple[int, ...]
+    ) -> tuple[int, Callable[[], float]] | None:
+        """Put a refinement into the stream as a call does, between two marks.
 
         Returns:
-            The address, and the milliseconds that refining took; what was in the stream before is waited for first.
-            None if memory is short: the scores then are as they were.
+            The address, and a function that tells the milliseconds that refining took, once the stream has been waited
+            for. None if memory is short: the scores then are as they were.
 
         Raises:
             BackendError: As a call.
         """
-        self._layer.wait(self._stream)
-        start = time.perf_counter()
+        start = self._layer.mark(self._stream)
         try:
             found = self(settings, images, scores, shape)
         except Exception as error:
@@ -91,8 +92,8 @@ class DeviceRefinement:
                 raise
             self._without_memory(error)
             return None
-        self._layer.wait(self._stream)
-        return found, (time.perf_counter() - start) * 1e3
+        end = self._layer.mark(self._stream)
+        return found, lambda: self._layer.milliseconds(start, end)
 
     def obstacle(self, settings: Refinement) -> str | None:
         """Why a refinement cannot be done here; None if it can: a small one then equals the CPU's on this device."""

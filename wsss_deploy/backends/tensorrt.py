@@ -2,8 +2,9 @@
 
 A few slots, each with an execution context, a stream and buffers that are kept as long as the shape stays. A call takes
 a free slot, so that calls of several threads (`Segmenter.predict_stream`, for example) overlap copies, network and
-post-processing. With steady shapes the network is launched as a CUDA graph. **Not run yet on a GPU**: what is tested is
-everything against stand-ins for TensorRT and the device.
+post-processing; batches of one call, if they are several, take turns in the slots that are free and overlap as well.
+With steady shapes the network is launched as a CUDA graph. **Not run yet on a GPU**: what is tested is everything
+against stand-ins for TensorRT and the device.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import queue
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
 
 SLOTS = 2
+_Finish: TypeAlias = Callable[[], "tuple[npt.NDArray[Any], float | None]"]
 #: Calls with the same shape after which a slot records a graph; the first ones set kernels up.
 _WARM = 2
 
@@ -104,18 +108,22 @@ class TensorRTBackend:
                     f"{' x '.join(map(str, part.shape[:3]))}; resize or tile the image, or build with other "
                     f"--shapes: {self._manifest.command}"
                 )
-        slot = self._free.get()
+        batches = [images[start : start + most] for start in range(0, len(images), most)]
+        slots = [self._free.get()]
+        with suppress(queue.Empty):  # another one makes copies overlap the network; who waits for it holds none
+            while len(slots) < min(SLOTS, len(batches)):
+                slots.append(self._free.get_nowait())
         try:
             with self._layer.active():
-                batches = [images[start : start + most] for start in range(0, len(images), most)]
-                parts = [slot.run(batch, output, refiner) for batch in batches]
+                parts = _in_turn(slots, batches, output, refiner)
         except (BackendError, MemoryError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
             raise failure(message, error) from error
         finally:
-            self._free.put(slot)
-        # Neither the slot nor the device is held while the CPU refines.
+            for slot in slots:
+                self._free.put(slot)
+        # Neither a slot nor the device is held while the CPU refines.
         done = [
             refined_here(found, batch, refiner) if spent is None else (found, spent)
             for (found, spent), batch in zip(parts, batches, strict=True)
@@ -166,17 +174,30 @@ class _Slot:
             return f"the engine's scores are {self._types['scores']}"
         return self._lane.refinement.obstacle(settings)
 
-    def run(
-        self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None
-    ) -> tuple[npt.NDArray[Any], float | None]:
-        """Upload, network, refinement, download of one output; and the milliseconds of refining, None if not done."""
-        try:
+    def start(self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None) -> _Finish:
+        """Put upload, network, refinement and download of one output into the stream, see `DeviceLane.start`."""
+        with self._reset_on_failure():
             there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
             if images.shape != self._shape:
                 self._prepare(images.shape)
             shape = tuple(self._context.get_tensor_shape(output))
             # The context has the addresses already: these buffers are the lane's.
-            return self._lane.run(images, output, shape, self._types[output], lambda *_: self._launch(), there)
+            finish = self._lane.start(images, output, shape, self._types[output], lambda *_: self._launch(), there)
+
+        def finished() -> tuple[npt.NDArray[Any], float | None]:
+            with self._reset_on_failure():
+                return finish()
+
+        return finished
+
+    def settle(self) -> None:
+        """Wait for what was started, whatever became of it."""
+        self._lane.settle()
+
+    @contextmanager
+    def _reset_on_failure(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self._shape, self._graph = (), None
             self._lane.failed(error)
@@ -208,6 +229,26 @@ class _Slot:
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._lane.handle):
             raise BackendError("TensorRT could not run the engine")
+
+
+def _in_turn(
+    slots: list[_Slot], batches: list[npt.NDArray[np.uint8]], output: str, refiner: Refiner | None
+) -> list[tuple[npt.NDArray[Any], float | None]]:
+    """Outputs of batches in their order; while one slot computes, the next one's batch is staged and copied."""
+    found: list[tuple[npt.NDArray[Any], float | None]] = []
+    started: deque[_Finish] = deque()
+    try:
+        for index, batch in enumerate(batches):
+            slot = slots[index % len(slots)]
+            if len(started) == len(slots):  # this slot's
+                found.append(started.popleft()())
+            started.append(slot.start(batch, output, refiner))
+        found += [finish() for finish in started]
+    except BaseException:
+        for slot in slots:
+            slot.settle()
+        raise
+    return found
 
 
 def load_tensorrt() -> Any:
