@@ -88,6 +88,7 @@ static Index blockIdx, blockDim, threadIdx;
 #define __global__
 #define __device__
 #define __constant__ static const
+#define __launch_bounds__(...)
 """
 LOOP = """
 #define RUN(call) blockDim.x = threads; \\
@@ -167,6 +168,8 @@ class Driver(Contexts):
         name = f"program{next(self.names)}"
         (self.folder / f"{name}.cpp").write_bytes(EMULATION.encode() + image[:-1] + LOOP.encode())
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"{name}.cpp", "-o", f"{name}.so"]
+        # A GPU refuses vector loads from other addresses, which this CPU would not.
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
         subprocess.run(command, check=True, cwd=self.folder)
         return 0, load_library(str(self.folder / f"{name}.so"))
 

@@ -7,7 +7,6 @@ steps, the cache on disk. What is not: the driver, the stream, the device's memo
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import subprocess
 import sys
 
@@ -47,6 +46,53 @@ def test_launches_give_the_reference(case, scene, driver):
     for _, blocks, threads, stream in driver.launches:
         assert (blocks - 1) * threads < pixels <= blocks * threads
         assert stream == 7
+
+
+def test_rows_of_whole_groups_of_four(case, scene, driver):
+    text = case.to_json()
+    for classes, height, width in ((1, 3, 4), (2, 1, 8), (5, 30, 4), (11, 9, 36), (21, 4, 64), (27, 5, 12)):
+        data = scene(classes=classes, height=height, width=width)
+        masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+        weights, unary = reference.affinity(guide, case), reference.unary_of(masks, case)
+        out = torch_ops.pairwise_step(masks, weights, unary, text, "cuda", 1)
+        torch.testing.assert_close(out, reference.step(masks, weights, case, unary), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dilations", [(4, 8), (1,), (2, 3), (5, 6, 7, 9)])
+def test_every_distance_in_groups_of_four(scene, driver, dilations):
+    parameters = PairwiseParameters(dilations=dilations, iterations=2)
+    data = scene(classes=6, height=11, width=20)
+    masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+    out = torch.empty_like(masks)
+    cuda_form.refine(parameters, masks, guide, None, out)
+    torch.testing.assert_close(out, reference.refine(masks, guide, parameters), rtol=2e-4, atol=1e-5)
+
+
+def test_arrays_that_begin_between_groups(cases, scene, driver):
+    data = scene(classes=3, height=5, width=8)
+    parameters = cases["par"]
+    masks, guide = (torch.from_numpy(array).float() for array in (data.masks, data.guide))
+    weights = reference.affinity(guide, parameters)
+    expected = reference.step(masks, weights, parameters)
+    for which in range(3):
+        out = torch.empty_like(masks)
+        given = [masks, weights, out]
+        moved = torch.empty(given[which].numel() + 1)[1:].view_as(given[which])
+        given[which] = moved.copy_(given[which])
+        assert given[which].is_contiguous()
+        cuda_form.step(parameters, given[0], given[1], None, given[2])
+        torch.testing.assert_close(given[2], expected, rtol=2e-5, atol=1e-6)
+
+
+def test_not_finite_values_reach_their_neighbours_alone(cases, driver):
+    """What a group holds beside the values that are asked for has no part in the result."""
+    parameters = cases["par"]
+    masks, guide = torch.rand(1, 2, 9, 16), torch.rand(1, 3, 9, 16)
+    masks[0, 0, 4, [0, 2, 15]] = torch.tensor([float("nan"), float("inf"), float("nan")])
+    weights = reference.affinity(guide, parameters)
+    out = torch.empty_like(masks)
+    cuda_form.step(parameters, masks, weights, None, out)
+    torch.testing.assert_close(out, reference.step(masks, weights, parameters), rtol=2e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 2, 5])
@@ -171,22 +217,20 @@ def test_a_folder_that_cannot_be_written_is_no_error(cache):
     assert ptx_cache.read("0") is None
 
 
-def _write_many(name, code, count):
-    for _ in range(count):
-        ptx_cache.write(name, code)
+WRITER = """
+from wsss_deploy.pairwise import ptx_cache
+for _ in range(20):
+    ptx_cache.write("name", b"x" * 200_000)
+"""
 
 
 def test_processes_that_write_at_once_never_show_a_part(cache):
     code = b"x" * 200_000
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_many, args=("name", code, 20)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER]) for _ in range(2)]
     seen = set()
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         seen.add(ptx_cache.read("name"))
-    for writer in writers:
-        writer.join()
+    assert [writer.wait() for writer in writers] == [0, 0]
     assert seen <= {None, code}
     assert ptx_cache.read("name") == code
     assert [path.name for path in cache.iterdir()] == ["name.ptx"]
@@ -205,8 +249,9 @@ def test_nvrtc_runs_once_for_a_program(cache, cases, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_on_a_gpu(case, scene, dtype):
-    data = scene(classes=11, height=41, width=67)
+@pytest.mark.parametrize("width", [67, 68])
+def test_on_a_gpu(case, scene, dtype, width):
+    data = scene(classes=11, height=41, width=width)
     masks, guide = (torch.from_numpy(array).to("cuda", dtype) for array in (data.masks, data.guide))
     expected = reference.refine(masks.double().cpu(), guide.double().cpu(), case)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
@@ -225,13 +270,14 @@ def test_on_a_gpu(case, scene, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_tensorrt_plugins_program_on_a_gpu(case, scene, dtype):
+@pytest.mark.parametrize("width", [67, 68])
+def test_the_tensorrt_plugins_program_on_a_gpu(case, scene, dtype, width):
     """The PTX that the plugin gives (tests/export/test_tensorrt_plugin.py), with its launch parameters."""
     from cuda.bindings import driver
 
     if case.mean_field is not None:
         pytest.skip("the plugin has no such form")
-    data = scene(classes=11, height=41, width=67)
+    data = scene(classes=11, height=41, width=width)
     masks, guide = (torch.from_numpy(array).to("cuda", dtype) for array in (data.masks, data.guide))
     code = cuda_source.ptx(case, "__half" if dtype == torch.float16 else "float")
     status, module = driver.cuModuleLoadData(code + b"\0")

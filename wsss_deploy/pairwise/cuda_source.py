@@ -1,18 +1,19 @@
 """The CUDA form's source for given parameters, and its PTX by NVRTC (cuda-bindings); neither needs a GPU.
 
 Kernels: `wsss_pairwise_affinity(guide, N, G, H, W, weights)`, `wsss_pairwise_step(masks, weights, N, C, H, W, out)`,
-`wsss_pairwise_mean_field_step(masks, weights, unary, N, C, H, W, out)`; sizes are int32, one thread a pixel.
+`wsss_pairwise_mean_field_step(masks, weights, unary, N, C, H, W, out)`; sizes are int32, as many threads as pixels.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 from wsss_deploy.errors import BackendError
 from wsss_deploy.pairwise import ptx_cache
+from wsss_deploy.pairwise.cuda_launch import BLOCK
 from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 _KINDS = ("par", "varm", "gaussian")
@@ -33,6 +34,7 @@ def definitions(parameters: PairwiseParameters, storage: str = "float") -> str:
         + "}"
         for t in parameters.terms
     ]
+    aligned, near, rest = _grouped(parameters.offsets)
     values = {
         "KIND": _KINDS.index(parameters.kind),
         "COUNT": len(parameters.offsets),
@@ -47,9 +49,37 @@ def definitions(parameters: PairwiseParameters, storage: str = "float") -> str:
         "NORMALISE": int(parameters.normalise),
         "COMPATIBILITY": _numbers([parameters.mean_field.compatibility if parameters.mean_field else 0.0]),
         "STORAGE": storage,
+        "BLOCK": BLOCK,
     }
+    values["NEAR_START"] = ", ".join(str(sum(map(len, near[:distance]))) for distance in range(4))
+    for name, listed in (("ALIGNED", aligned), ("NEAR", [row for rows in near for row in rows]), ("REST", rest)):
+        values[f"{name}_COUNT"] = len(listed)
+        # An array of no length is none: one more than there are.
+        values[name] = ", ".join([*listed, "{}"])
     lines = ["#include <cuda_fp16.h>"] if storage == "__half" else []
     return "\n".join([*lines, *(f"#define WSSS_{name} {value}" for name, value in values.items()), ""])
+
+
+def _grouped(offsets: Sequence[tuple[int, int]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """How a step takes its neighbours for four pixels at once, see `pairwise.cu`.
+
+    Returns:
+        Numbers of those that are whole groups of four away, rows of those 1, 2 and 3 away, numbers of all others.
+    """
+    number = {offset: k for k, offset in enumerate(offsets)}
+    near: list[list[str]] = []
+    taken = set()
+    for distance in (1, 2, 3):
+        near.append([])
+        for dy in sorted({dy for dy, _ in offsets}):
+            left, middle, right = ((dy, dx) for dx in (-distance, 0, distance))
+            if left in number and right in number:
+                between = number[middle] if middle in number and middle not in taken else -1
+                near[-1].append(f"{{{dy}, {number[left]}, {between}, {number[right]}}}")
+                taken |= {left, middle, right}
+    others = [offset for offset in offsets if offset not in taken]
+    aligned = [str(number[offset]) for offset in others if offset[1] % 4 == 0]
+    return aligned, near, [str(number[offset]) for offset in others if offset[1] % 4 != 0]
 
 
 def source(parameters: PairwiseParameters, storage: str = "float") -> str:

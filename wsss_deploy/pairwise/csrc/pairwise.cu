@@ -2,9 +2,11 @@
 //
 // Parameters are compiled in (cuda_source.py writes these): WSSS_KIND (0 par, 1 varm, 2 gaussian), WSSS_COUNT (K),
 // WSSS_DY, WSSS_DX, WSSS_POSITION (lists of K), WSSS_TERMS (list of {weight, xy, rgb, features}), WSSS_TERM_COUNT,
-// WSSS_BANDWIDTH, WSSS_SECOND, WSSS_SCALE, WSSS_NORMALISE, WSSS_COMPATIBILITY, WSSS_STORAGE (float or __half).
+// WSSS_BANDWIDTH, WSSS_SECOND, WSSS_SCALE, WSSS_NORMALISE, WSSS_COMPATIBILITY, WSSS_STORAGE (float or __half), and how a
+// step groups the neighbours: WSSS_ALIGNED, WSSS_NEAR, WSSS_REST (lists) with their lengths WSSS_..._COUNT and where in NEAR
+// each distance starts, WSSS_NEAR_START; WSSS_BLOCK, the most threads of a block.
 // Sums are in float whatever the storage. Arguments are inputs, sizes, outputs, in the order that TensorRT asks for.
-// One thread a pixel; blocks are one-dimensional over batch * height * width.
+// As many threads as pixels; blocks are one-dimensional over batch * height * width.
 #include "arithmetic.h"
 
 using namespace wsss;
@@ -15,6 +17,17 @@ __constant__ int offset_x[WSSS_COUNT] = {WSSS_DX};
 #if WSSS_KIND == 0
 __constant__ float position[WSSS_COUNT] = {WSSS_POSITION};
 #endif
+__constant__ int aligned_offsets[WSSS_ALIGNED_COUNT + 1] = {WSSS_ALIGNED};
+__constant__ int rest_offsets[WSSS_REST_COUNT + 1] = {WSSS_REST};
+
+// Neighbours of one row at -distance, 0 and +distance: their numbers, -1 for one that is none. Those of distance d are
+// the rows from near_start[d - 1] to near_start[d].
+struct Near {
+  int dy, left, middle, right;
+};
+__constant__ Near near_rows[WSSS_NEAR_COUNT + 1] = {WSSS_NEAR};
+constexpr int near_start[4] = {WSSS_NEAR_START};
+
 #if WSSS_KIND == 2
 struct Term {
   float weight, xy, rgb, features;
@@ -166,8 +179,156 @@ __device__ void sums(const Storage* masks, const Storage* weights, int channels,
 }
 }  // namespace
 
-extern "C" __global__ void wsss_pairwise_step(const Storage* masks, const Storage* weights, int batch, int channels,
-                                              int height, int width, Storage* out) {
+// A step moves little memory but takes every value K times from the nearest cache, whose width is what limits it: lanes
+// that ask for a pixel each, beginning anywhere, get it in twice as many pieces as lanes that ask for four aligned ones.
+// So where rows are whole groups of four, a thread has four neighbouring pixels and a quarter of the channels.
+namespace {
+constexpr int group = 4;
+
+struct alignas(group * sizeof(Storage)) Packed {
+  Storage at[group];
+};
+
+struct Quad {
+  float at[group];
+};
+
+__device__ bool is_packed(const void* address) { return (unsigned long long)address % sizeof(Packed) == 0; }
+
+__device__ Quad load(const Storage* from) {
+  const Packed packed = *reinterpret_cast<const Packed*>(from);
+  Quad quad;
+#pragma unroll
+  for (int i = 0; i < group; ++i) quad.at[i] = float(packed.at[i]);
+  return quad;
+}
+
+__device__ Quad repeated(float value) {
+  Quad quad;
+#pragma unroll
+  for (int i = 0; i < group; ++i) quad.at[i] = value;
+  return quad;
+}
+
+__device__ void add(Quad& total, const Quad& weight, const Quad& value) {
+#pragma unroll
+  for (int i = 0; i < group; ++i) total.at[i] += weight.at[i] * value.at[i];
+}
+
+// The four values `shift` to the right of the middle of three groups; to the left where it is negative.
+template <int shift>
+__device__ Quad shifted(const Quad& left, const Quad& middle, const Quad& right) {
+  Quad quad;
+#pragma unroll
+  for (int i = 0; i < group; ++i) {
+    const int from = i + shift;
+    quad.at[i] = from < 0 ? left.at[(from + group) % group]
+                          : (from < group ? middle.at[from % group] : right.at[from % group]);
+  }
+  return quad;
+}
+
+// Offsets smaller than a group: three aligned groups hold all that a row of them takes.
+template <int count, int distance>
+__device__ void add_near(const Storage* masks, const Storage* weights, long long stride, int channels, const Pixel& p,
+                         Quad* total) {
+  for (int row = near_start[distance - 1]; row < near_start[distance]; ++row) {
+    const Near near = near_rows[row];
+    const Quad left_weight = load(weights + (long long)near.left * p.plane);
+    const Quad right_weight = load(weights + (long long)near.right * p.plane);
+    const bool between = near.middle >= 0;
+    const Quad middle_weight = between ? load(weights + (long long)near.middle * p.plane) : repeated(0.0f);
+    const Storage* from = masks + clamped(p.y + near.dy, p.height) * p.width + p.x;
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      if (c >= channels) continue;
+      const Storage* here = from + c * stride;
+      const Quad middle = load(here);
+      const Quad left = p.x > 0 ? load(here - group) : repeated(middle.at[0]);
+      const Quad right = p.x + group < p.width ? load(here + group) : repeated(middle.at[group - 1]);
+      add(total[c], left_weight, shifted<-distance>(left, middle, right));
+      if (between) add(total[c], middle_weight, middle);  // a weight of 0 would let NaN in
+      add(total[c], right_weight, shifted<distance>(left, middle, right));
+    }
+  }
+}
+
+// The weighted sums of four pixels in up to `count` channels, `stride` values apart; `masks` at the first one's plane,
+// `weights` and `out` at the first pixel.
+template <int count>
+__device__ void step_of_group(const Storage* masks, const Storage* weights, long long stride, int channels,
+                              const Pixel& p, Storage* out) {
+  Quad total[count] = {};
+  for (int i = 0; i < WSSS_ALIGNED_COUNT; ++i) {
+    const int k = aligned_offsets[i];
+    const Quad weight = load(weights + (long long)k * p.plane);
+    // A whole group is inside or outside: column, offset and width are multiples of its size.
+    const int column = p.x + offset_x[k];
+    const bool inside = column >= 0 && column < p.width;
+    const Storage* from = masks + clamped(p.y + offset_y[k], p.height) * p.width + clamped(column, p.width);
+#pragma unroll
+    for (int c = 0; c < count; ++c)
+      if (c < channels) add(total[c], weight, inside ? load(from + c * stride) : repeated(float(from[c * stride])));
+  }
+  add_near<count, 1>(masks, weights, stride, channels, p, total);
+  add_near<count, 2>(masks, weights, stride, channels, p, total);
+  add_near<count, 3>(masks, weights, stride, channels, p, total);
+  for (int i = 0; i < WSSS_REST_COUNT; ++i) {
+    const int k = rest_offsets[i];
+    const Quad weight = load(weights + (long long)k * p.plane);
+    const Storage* from = masks + clamped(p.y + offset_y[k], p.height) * p.width;
+    int columns[group];
+#pragma unroll
+    for (int pixel = 0; pixel < group; ++pixel) columns[pixel] = clamped(p.x + pixel + offset_x[k], p.width);
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      if (c >= channels) continue;
+      Quad values;
+#pragma unroll
+      for (int pixel = 0; pixel < group; ++pixel) values.at[pixel] = float(from[c * stride + columns[pixel]]);
+      add(total[c], weight, values);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < count; ++c) {
+    if (c >= channels) continue;
+    Packed packed;
+#pragma unroll
+    for (int pixel = 0; pixel < group; ++pixel) packed.at[pixel] = Storage(total[c].at[pixel]);
+    *reinterpret_cast<Packed*>(out + c * stride) = packed;
+  }
+}
+
+// The block's pixels in groups; the first of its quarters has the channels 0, 4, 8, ..., the next one 1, 5, 9, ...
+__device__ void step_of_groups(const Storage* masks, const Storage* weights, int batch, int channels, int height,
+                               int width, Storage* out) {
+  constexpr int most = 6;  // channels at a time, 24 sums
+  const int groups = blockDim.x / group, part = threadIdx.x / groups;
+  const long long index = ((long long)blockIdx.x * groups + threadIdx.x % groups) * group;
+  if (index >= (long long)batch * height * width) return;
+  const Pixel p(index, height, width);
+  const Storage* weight = weights + p.image * WSSS_COUNT * p.plane + p.here();
+  const long long stride = (long long)group * p.plane;
+  for (int first = part; first < channels; first += most * group) {
+    const int left = (channels - first + group - 1) / group;
+    const Storage* from = masks + (p.image * channels + first) * p.plane;
+    Storage* to = out + (p.image * channels + first) * p.plane + p.here();
+    if (left <= 2)
+      step_of_group<2>(from, weight, stride, left, p, to);
+    else
+      step_of_group<most>(from, weight, stride, left, p, to);
+  }
+}
+}  // namespace
+
+// Five blocks a multiprocessor: without a bound the compiler asks for so many loads at once that two fill its registers.
+extern "C" __global__ void __launch_bounds__(WSSS_BLOCK, 5)
+    wsss_pairwise_step(const Storage* __restrict__ masks, const Storage* __restrict__ weights, int batch, int channels,
+                       int height, int width, Storage* __restrict__ out) {
+  if (width % group == 0 && blockDim.x % group == 0 && is_packed(masks) && is_packed(weights) && is_packed(out)) {
+    step_of_groups(masks, weights, batch, channels, height, width, out);
+    return;
+  }
   const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= (long long)batch * height * width) return;
   const Pixel p(index, height, width);
