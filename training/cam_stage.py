@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.cam.artifact import save_cams
+from training.cam.artifact import NO_CAMS, save_cams
 from training.cam.head import freeze
 from training.cam.labels import presence, refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
@@ -34,7 +34,7 @@ from training.methods.tag_settings import (
     TSCDSettings,
 )
 from training.recipe import EvaluationSettings, Recipe
-from training.state import CHECKPOINT, load_checkpoint
+from training.state import CHECKPOINT, load_checkpoint, recipe_digest
 from training.token_stage import default_long_side, fitted_tokens, kept_tokens, pretrained_encoder
 from training.trainer import Trainer, make_fabric
 from wsss_deploy.activation import CAMS
@@ -78,7 +78,7 @@ def add_pseudo_labels(
     """
     settings = _settings(recipe)
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder, label_key(settings.labels, settings.cams, recipe))
+    begin_labels(folder, label_key(settings.labels, settings.cams, recipe, _stage_recipe(recipe)))
     wanted = source.splits[recipe.train_split] if names is None else names
     tagged = [name for name in wanted if source.tags(name) is not None]
     missing = [name for name in tagged if not labelled.path(name).is_file()]
@@ -88,7 +88,7 @@ def add_pseudo_labels(
     if card is not None:
         depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
         if not save_cams(folder / CAMS, card, encoder, method.head, depth):
-            _log.warning("%s: not written, as this encoder cannot be cut behind the map of the classifier", CAMS)
+            _log.warning(NO_CAMS, CAMS)
     rule = label_rule(settings.labels)
     make = sure_labels if method.knows_background else refined_labels
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
@@ -129,7 +129,7 @@ def begin_labels(folder: Path, key: str) -> None:
 
     Args:
         folder: The run's.
-        key: All that decides them besides the classifier (`label_key`).
+        key: All that decides them (`label_key`).
     """
     labels = folder / LABELS
     rule = labels / "rule.json"
@@ -143,9 +143,13 @@ def begin_labels(folder: Path, key: str) -> None:
             file.write(key.encode())
 
 
-def label_key(labels: LabelSettings, cams: CamKind, recipe: Recipe) -> str:
-    """What decides pseudo-labels besides the classifier, as text."""
+def label_key(labels: LabelSettings, cams: CamKind, recipe: Recipe, stage: Recipe) -> str:
+    """All that decides pseudo-labels, as text; what decides the classifier (`stage`) by its digest.
+
+    A classifier that was deleted leaves no checkpoint that could tell.
+    """
     values: dict[str, object] = {"labels": labels.model_dump(mode="json"), "scales": list(cams.scales)}
+    values["classifier"] = recipe_digest(stage)
     if isinstance(cams, TokenSettings):
         values |= cams.model_dump(mode="json", include={"calibration"})
     if isinstance(recipe.method, TagsSettings):

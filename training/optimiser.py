@@ -25,7 +25,7 @@ def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: O
     for module in others:
         groups += _groups(module.named_parameters(), settings.decoder_factor, settings, frozenset())
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
 
 

@@ -60,7 +60,8 @@ def add_propagated_labels(
         TrainingError: The folder holds the classifiers of another recipe.
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
-    begin_labels(folder, f"{label_key(settings.labels, settings.tokens, recipe)} {settings.least}")
+    key = label_key(settings.labels, settings.tokens, recipe, _what_the_stage_reads(recipe, settings))
+    begin_labels(folder, f"{key} {settings.least}")
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled

@@ -11,10 +11,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.data.pipeline import Augmentation
 from training.methods.settings import MethodSettings
@@ -63,7 +63,8 @@ class Optimisation(_Strict):
     """Optimiser, linear warm-up and polynomial decay.
 
     Attributes:
-        optimiser: "adamw" (betas 0.9 and 0.999), or "sgd" with momentum 0.9.
+        optimiser: "adamw" (betas 0.9 and 0.999) or "sgd".
+        momentum: Of "sgd"; SFC's released code has 1e-4, where it meant a weight decay.
         iterations: Optimiser steps.
         batch_size: Images a step.
         learning_rate: Peak rate of the encoder.
@@ -79,6 +80,7 @@ class Optimisation(_Strict):
     """
 
     optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     iterations: Annotated[int, Field(ge=1)] = 500
     batch_size: Annotated[int, Field(ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -90,6 +92,12 @@ class Optimisation(_Strict):
     warmup_start: Fraction = 1e-6
     clip: Annotated[float, Field(ge=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+    @model_validator(mode="after")
+    def _momentum_acts(self) -> Self:
+        if self.optimiser == "adamw" and self.momentum != 0.9:
+            raise ValueError("momentum is sgd's; set optimiser: sgd, or leave it out")
+        return self
 
 
 class EvaluationSettings(_Strict):

@@ -120,6 +120,17 @@ def test_a_run_from_tags_alone(tagged, tmp_path, values, method):
     assert maps.classes == card.classes
 
 
+def test_a_single_stage_says_that_its_maps_are_not_saved(tagged, tmp_path, values, caplog):
+    values["model"] = {"encoder": "test_convnext", "weights": "none", "decoder_width": 16}
+    values["augmentation"] = {"size": 64}
+    cams = {"scales": [1.0], "depths": [0.5], "depth": 0.5}
+    options = {"affinity_weight": 0, "correspondence_weight": 0, "consistency_weight": 0}
+    caplog.set_level("WARNING")
+    train(tagged, tmp_path / "run", values | {"method": {"name": "tscd", "cams": cams, **options}})
+    assert not (tmp_path / "run" / CAMS).exists()
+    assert f"{CAMS}: not written" in caplog.text
+
+
 def test_a_refused_resume_leaves_the_run_as_it_is(tagged, tmp_path, values):
     folder = tmp_path / "run"
     values["method"] = {"name": "tags", "cams": TOKENS}
@@ -386,6 +397,10 @@ def test_labels_of_another_rule_are_made_anew(tagged, tmp_path, values, monkeypa
     values["method"] = {"name": "tags", "cams": TOKENS | {"rounds": 2}, "labels": {"sure": 0.99}}
     with pytest.raises(TrainingError, match=r"another recipe \(differs in method.cams.rounds"):
         train(tagged, folder, values, resume=True)  # all labels are there, but of another classifier
+    before = len(made)
+    shutil.rmtree(folder / STAGE)
+    train(tagged, folder, values)
+    assert len(made) == before + 6, "and so they are where that classifier is gone"
 
 
 def test_seeds_of_images_need_a_background(tmp_path, values):
@@ -581,7 +596,89 @@ def test_no_nan_whatever_the_tags(tags, cams):
     assert all(term.isfinite() for term in terms.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in [*net.parameters(), *method.parameters()])
     if all(math.isnan(value) for row in tags for value in row):
-        assert all(terms[name] == 0 for name in ("classification", "segmentation", "affinity"))
+        learnt = {"classification", "segmentation", "affinity", "prototype", "scale"} & set(terms)
+        assert all(terms[name] == 0 for name in learnt)
+
+
+def test_the_bank_does_not_make_unknown_tags_absent():
+    net = network()
+    method = SharedFeatureCams(SharedFeatureSettings(**SHARED), net.encoder, 4, 64, (5, 2, 1), 3.0)
+    images = method.images(batch([[NAN, 1, NAN, 0], [NAN, 1, NAN, 0]]))
+    assert len(images.tags) == 2 + SHARED["bank_draws"], "the batch is in the bank before it is drawn from"
+    torch.testing.assert_close(images.tags, torch.tensor([[1, NAN, 0]]).expand(4, 3), equal_nan=True)
+
+
+def test_coefficients_follow_the_counts_and_the_bank():
+    net = network()
+
+    def coefficients(**options):
+        settings = SharedFeatureSettings(**SHARED | options)
+        return SharedFeatureCams(settings, net.encoder, 4, 64, (50, 20, 1), 3.0).coefficients
+
+    whole = coefficients()
+    assert torch.equal(coefficients(coefficients=False), torch.ones(3))
+    assert not torch.allclose(coefficients(bank_draws=0), whole, rtol=0.01)
+    assert not torch.allclose(coefficients(bank_factor=1.0), whole, rtol=0.01)
+    # r = 3 * 3 iterations * 2 draws / 3 classes = 6 beside the counts; D = 79, 49, 68.
+    need = torch.tensor([79 / 56, 49 / 26, 68 / 7])
+    torch.testing.assert_close(whole, need / need.mean())
+
+
+@torch.no_grad()
+def test_shared_feature_cams_follow_a_flip_and_stay_below_one():
+    net = network().eval()
+    image, tags = batch(PRESENT).image, torch.tensor(PRESENT)[:, 1:]
+    for fusion in (0.0, 0.7, 3.0):
+        settings = SharedFeatureSettings(**SHARED | {"fusion": fusion})
+        torch.manual_seed(4)
+        method = SharedFeatureCams(settings, net.encoder, 4, 64, (5, 2, 1), 3.0)
+        straight, mirrored = (method.cams(net.encoder, view, tags) for view in (image, image.flip(3)))
+        torch.testing.assert_close(mirrored.flip(3), straight, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(straight, straight.flip(3), atol=1e-2), "its own mirror would show nothing"
+        assert 0 <= straight.min() < straight.max() <= 1
+
+
+@torch.no_grad()
+def test_absent_classes_are_smoothed_but_have_no_prototype():
+    net = network().eval()
+    image, few = batch(PRESENT).image, torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
+    method = SharedFeatureCams(SharedFeatureSettings(**SHARED), net.encoder, 4, 64, (5, 2, 1), 3.0)
+    both = torch.cat([image, image.flip(3)])
+    smoothed, prototype = method.head.flip_fused(both, net.encoder(both), few)
+    of_all, _ = method.head.flip_fused(both, net.encoder(both), torch.ones(2, 3))
+    assert torch.equal(smoothed, of_all), "presence takes part after the smoothing"
+    assert smoothed[:, 2:].any()
+    assert not prototype[:, 2:].any()
+    maps = encode(net.encoder, image, method.indices(net.encoder))
+    view = method.view_cams(net.encoder, image, maps, torch.ones(2, 64, 64, dtype=torch.bool), few)
+    assert not view[:, 1:].any(), "in training they are left out before it"
+
+
+@torch.no_grad()
+def test_biases_take_no_part_in_the_cams_of_a_view():
+    net = network().eval()
+    method = tscd(net).classifier
+    head = method.head
+    for layer in head.classify:
+        layer[1].weight.normal_()
+    image, tags = batch(PRESENT).image, torch.ones(2, 3)
+    maps = encode(net.encoder, image, method.indices(net.encoder))
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    before = method.view_cams(net.encoder, image, maps, valid, tags)
+    assert before.max() > 0.9
+    for layer in head.classify:
+        layer[0].bias.fill_(3.0)
+        layer[1].bias.fill_(-50.0)
+    torch.testing.assert_close(method.view_cams(net.encoder, image, maps, valid, tags), before, rtol=1e-3, atol=1e-4)
+
+
+def test_the_small_view_has_its_size():
+    sizes = []
+    for share in (0.3, 0.75):
+        net = network()
+        net.decoder.register_forward_pre_hook(lambda decoder, given: sizes.append(given[0].shape[-1]))
+        tscd(net, small_view=share)(net, batch(PRESENT), 0.5)
+    assert sizes == [64, 16, 64, 48]
 
 
 def test_labels_spread_along_the_learnt_affinity_from_a_start_on(monkeypatch):

@@ -16,7 +16,6 @@ from training.cam.labels import LabelRule, band_labels, byte_image, plain_labels
 from training.cam.maps import multi_scale_cams
 from training.cam.propagation import propagated_cams, refined_in_box
 from training.cam.prototypes import (
-    SharedFeatureHead,
     fuse_kinds,
     fuse_scales,
     normalise_by_peak,
@@ -29,13 +28,13 @@ from training.losses.attention_affinity import affinity_labels, affinity_loss, w
 from training.losses.balanced_cross_entropy import balanced_cross_entropy
 from training.losses.self_correspondence import sample_points, self_correspondence_loss
 from training.losses.shared_feature import (
-    PROTOTYPE_WEIGHT,
-    SCALE_WEIGHT,
     classification_loss,
     distribution_coefficients,
     prototype_consistency,
     scale_consistency,
 )
+from training.methods.cam_methods import SharedFeatureCams, TaggedImages
+from training.methods.tag_settings import SharedFeatureSettings
 from training.optimiser import learning_rate
 from training.recipe import Optimisation
 from wsss_deploy.card import Preprocessing
@@ -196,40 +195,56 @@ def check_shared_features(arrays: Arrays) -> None:
 VOC_COUNTS = (590, 504, 705, 468, 714, 393, 1150, 1005, 1228, 267, 613, 1188, 445, 492, 4155, 522, 300, 649, 503, 567)
 
 
+class Levels:
+    """An encoder whose maps are given: of the half view, which the method makes itself."""
+
+    stride, indices = 1, (0, 1, 2, 3)
+
+    def __init__(self, channels, half, maps):
+        self.channels, self.half, self.maps = channels, half, maps
+
+    def __call__(self, image):
+        assert_close("half view", image, self.half.numpy(), 1e-6)
+        return self.maps
+
+
 def check_head(arrays: Arrays) -> None:
     weights = {name.removeprefix("w_"): torch.from_numpy(arrays[name]) for name in arrays if name.startswith("w_")}
     sides = [weights[f"side{level}"] for level in range(1, 5)]
     channels = [side.shape[1] for side in sides]
+    settings = SharedFeatureSettings(pooling=1.0, sides=tuple(side.shape[0] for side in sides))
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-4)):
-        head = SharedFeatureHead(channels, 20, [side.shape[0] for side in sides]).to(dtype)
-        named = {"classifier.weight": weights["classifier"], "embed.weight": weights["f9"]}
-        head.load_state_dict(named | {f"side.{level}.weight": side for level, side in enumerate(sides)})
         image, tags = torch.from_numpy(arrays["image"]).to(dtype), torch.from_numpy(arrays["label"]).to(dtype)
-        maps, levels = {}, {}
-        for view in "ab":
-            if view == "b":
-                image = F.interpolate(image, scale_factor=0.5, mode="bilinear", align_corners=True)
-            levels[view] = [
-                torch.from_numpy(arrays[f"x{level}_{view}"]).to(dtype).requires_grad_() for level in range(1, 5)
-            ]
-            mask = torch.from_numpy(arrays[f"valid_mask_lr_{view}"])
-            maps[view] = head(image, levels[view], mask)
+        valid = torch.from_numpy(arrays["valid_mask_full"])[:, 0] != 0
+        levels = {
+            view: [torch.from_numpy(arrays[f"x{level}_{view}"]).to(dtype).requires_grad_() for level in range(1, 5)]
+            for view in "ab"
+        }
+        half = F.interpolate(image, scale_factor=0.5, mode="bilinear", align_corners=True)
+        encoder = Levels(channels, half, levels["b"])
+        method = SharedFeatureCams(settings, encoder, 21, image.shape[-1], VOC_COUNTS, 660.0).to(dtype)
+        named = {"classifier.weight": weights["classifier"], "embed.weight": weights["f9"]}
+        method.head.load_state_dict(named | {f"side.{level}.weight": side for level, side in enumerate(sides)})
+        maps = []
+        method.head.register_forward_hook(lambda head, given, found, maps=maps: maps.append((given[2], found)))
+        loss = method.terms(encoder, TaggedImages(image, valid, tags), dict(enumerate(levels["a"])))
+        for view, (mask, seen) in zip("ab", maps, strict=True):
+            assert np.array_equal(mask.numpy(), arrays[f"valid_mask_lr_{view}"])
             found = {
-                "score": maps[view].scores[:, :, None, None],
-                "cam0": maps[view].classifier,
-                "cam1": maps[view].smoothed,
-                "cam2": maps[view].prototype,
-                "prototypes": maps[view].prototypes,
+                "score": seen.scores[:, :, None, None],
+                "cam0": seen.classifier,
+                "cam1": seen.smoothed,
+                "cam2": seen.prototype,
+                "prototypes": seen.prototypes,
             }
             for name, value in found.items():
-                assert_close(name, value, arrays[f"{name}_{view}_f64"], tolerance)
-        loss = {
-            "cls": (classification_loss(maps["a"].scores, tags) + classification_loss(maps["b"].scores, tags)) / 2
-        } | consistency(maps["a"].smoothed, maps["a"].prototype, maps["b"].smoothed, tags, VOC_COUNTS)
+                assert_close(f"{name}_{view}", value, arrays[f"{name}_{view}_f64"], tolerance)
         total = sum(loss.values())
         total.backward()
-        for name, value in {**loss, "total": total}.items():
+        names = {"cls": "classification", "pdw": "prototype", "wdw": "scale"}
+        for name, value in {**{short: loss[name] for short, name in names.items()}, "total": total}.items():
             assert_close(f"loss_{name}", value, arrays[f"loss_{name}_f64"], tolerance)
+        head = method.head
         gradients = {"classifier": head.classifier.weight.grad, "f9": head.embed.weight.grad}
         gradients |= {f"side{level}": layer.weight.grad for level, layer in enumerate(head.side, start=1)}
         for name, value in gradients.items():
@@ -237,14 +252,6 @@ def check_head(arrays: Arrays) -> None:
         for view in "ab":
             assert_close(f"grad_x4_{view}", levels[view][3].grad, arrays[f"grad_x4_{view}"], 10 * tolerance)
             assert all(level.grad is None for level in levels[view][:3])
-
-
-def consistency(smoothed, prototype, half, tags, counts, bank=396.0):
-    coefficients = distribution_coefficients(counts, bank)
-    return {
-        "pdw": PROTOTYPE_WEIGHT * prototype_consistency(smoothed, prototype, coefficients),
-        "wdw": SCALE_WEIGHT * scale_consistency(smoothed, half, tags, coefficients),
-    }
 
 
 def check_prototypes(arrays: Arrays) -> None:
@@ -272,7 +279,13 @@ def check_shared_feature_losses(arrays: Arrays) -> None:
     assert_close("dc", distribution_coefficients(arrays["class_counts"].tolist(), bank), arrays["dc"], 1e-7)
     scores = [classification_loss(given[name].mean(dim=(2, 3)), tags) for name in ("score1", "score2")]
     maps = (given[name] for name in ("cam1", "cam_proto_raw", "cam1_half"))
-    loss = {"cls": sum(scores) / 2} | consistency(*maps, tags, arrays["class_counts"].tolist(), bank)
+    smoothed, prototype, half = maps
+    coefficients, settings = distribution_coefficients(arrays["class_counts"].tolist(), bank), SharedFeatureSettings()
+    loss = {
+        "cls": sum(scores) / 2,
+        "pdw": settings.prototype_weight * prototype_consistency(smoothed, prototype, coefficients),
+        "wdw": settings.scale_weight * scale_consistency(smoothed, half, tags, coefficients),
+    }
     total = sum(loss.values())
     total.backward()
     for name, value in {**loss, "total": total}.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.optim.swa_utils import AveragedModel
 
 from training.optimiser import build_optimizer, learning_rate, moving_average, set_learning_rate
@@ -53,3 +54,12 @@ def test_the_moving_average_copies_counters():
         network.num_batches_tracked += 1
         average.update_parameters(network)
     assert int(average.module.num_batches_tracked) == 3
+
+
+def test_momentum_is_sgds():
+    network = build_network(Architecture(encoder="test_vit", decoder_width=16), 3)
+    settings = Optimisation(optimiser="sgd", momentum=1e-4, weight_decay=0.0)
+    optimizer = build_optimizer(network.encoder, [network.decoder], settings)
+    assert {group["momentum"] for group in optimizer.param_groups} == {1e-4}
+    with pytest.raises(ValidationError, match=r"momentum is sgd's; set optimiser: sgd"):
+        Optimisation(momentum=0.5)

@@ -15,6 +15,9 @@ from wsss_deploy.artifact import save_model
 from wsss_deploy.card import ModelCard
 from wsss_deploy.networks.encoder import Encoder
 
+#: What the log says where `save_cams` cannot.
+NO_CAMS = "%s: not written, as this encoder cannot be cut behind the map of the classifier"
+
 
 def save_cams(path: Path, card: ModelCard, encoder: Encoder, head: nn.Module, depth: float) -> bool:
     """Write encoder and classifier as a model whose scores are class activation maps (decoder `cam`).

@@ -110,6 +110,19 @@ class CamHead(nn.Module):
         """Maps of class scores (N, K, h, w) by index, from encoder maps by index."""
         return {index: layer(maps[index]) for index, layer in zip(self.indices, self.classify, strict=True)}
 
+    def activations(self, encoder_map: Tensor, index: int) -> Tensor:
+        """What a CAM is made of: class scores without the biases of classifier and norm.
+
+        Args:
+            encoder_map: (N, c, h, w) of this index.
+            index: One of those that have a classifier.
+
+        Returns:
+            (N, K, h, w), of any sign.
+        """
+        normalise, classifier = self.classify[self.indices.index(index)]
+        return F.conv2d(normalise(encoder_map) - normalise.bias[:, None, None], classifier.weight)
+
     def pooled(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Image scores (N, K) of one map.
 
@@ -141,12 +154,9 @@ class CamHead(nn.Module):
             (N, K, *size) in [0, 1].
         """
         index = self.cam_index(encoder, depth)
-        layer = self.classify[self.indices.index(index)]
 
         def scores(view: Tensor) -> Tensor:
-            normalise, classifier = layer
-            features = normalise(encode(encoder, view, [index])[index]) - normalise.bias[:, None, None]
-            return F.conv2d(features, classifier.weight).float()
+            return self.activations(encode(encoder, view, [index])[index], index).float()
 
         return multi_scale_cams(scores, image, scales, encoder.stride, size)
 

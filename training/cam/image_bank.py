@@ -20,7 +20,7 @@ class Drawn:
 class ImageBank(nn.Module):
     """One slot a class; each holds the latest training crop with that class, its valid mask and all its tags.
 
-    The validity is kept as a mask of the crop instead of one map a class and pixel, an eighth of the published
+    The validity is kept as a mask of the crop instead of one map a class and pixel, a seventh of the published
     memory. The slots are part of the training state, so that a resumed run goes on with the same ones.
 
     Args:
@@ -47,14 +47,14 @@ class ImageBank(nn.Module):
         Args:
             image: (N, 3, S, S).
             valid: bool (N, S, S).
-            tags: (N, K), 1 where present.
+            tags: (N, K), 1 where present; NaN, unknown, stays so.
         """
         present = tags == 1
         for number in range(len(image)):
             slots = present[number]
             self.images[slots] = image[number].to(self.images)
             self.valid[slots] = valid[number]
-            self.tags[slots] = present[number].to(self.tags)
+            self.tags[slots] = tags[number].to(self.tags)
             self.filled |= slots
 
     @torch.no_grad()

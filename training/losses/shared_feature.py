@@ -80,7 +80,7 @@ def scale_consistency(smoothed: Tensor, half: Tensor, presence: Tensor, coeffici
     Args:
         smoothed: M_W of the full view (N, K + 1, h, w).
         half: M_W of the half view (N, K + 1, h / 2, w / 2).
-        presence: (N, K), 1 where present.
+        presence: (N, K), 1 where present; 0 and NaN do not count.
         coefficients: DC (K,).
     """
     shrunk = F.interpolate(smoothed[:, 1:], size=half.shape[-2:], mode="bilinear", align_corners=True)

@@ -154,7 +154,7 @@ class ClassifierCams(CamMethod):
     ) -> Tensor:
         """Scores at the depth nearest to `settings.depth`, normalised; see `CamMethod.view_cams`."""
         index = self.head.cam_index(encoder, self.settings.depth)
-        return present_cams(normalise_cams(self.head(maps)[index].float().relu()), tags)
+        return present_cams(normalise_cams(self.head.activations(maps[index], index).float().relu()), tags)
 
     @torch.no_grad()
     def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
@@ -223,19 +223,18 @@ class SharedFeatureCams(CamMethod):
 
     def terms(self, encoder: Encoder, images: TaggedImages, maps: dict[int, Tensor]) -> dict[str, Tensor]:
         """The terms `classification`, `prototype` and `scale`; see `CamMethod.terms`."""
-        presence = (images.tags == 1).to(images.image.dtype)
         stride = encoder.stride
         sides = [max(stride, round(side / 2 / stride) * stride) for side in images.image.shape[-2:]]
         half = F.interpolate(images.image, size=sides, mode="bilinear", align_corners=True)
-        full = self._view(images.image, [maps[index] for index in encoder.indices], images.valid, presence)
-        small = self._view(half, encoder(half), images.valid, presence)
+        full = self._view(images.image, [maps[index] for index in encoder.indices], images.valid, images.tags)
+        small = self._view(half, encoder(half), images.valid, images.tags)
         scores = [classification_loss(view.scores, images.tags) for view in (full, small)]
         terms = {"classification": (scores[0] + scores[1]) / 2}
         if self.settings.prototype_weight:
             loss = prototype_consistency(full.smoothed, full.prototype, self.coefficients)
             terms["prototype"] = self.settings.prototype_weight * loss
         if self.settings.scale_weight:
-            loss = scale_consistency(full.smoothed, small.smoothed, presence, self.coefficients)
+            loss = scale_consistency(full.smoothed, small.smoothed, images.tags, self.coefficients)
             terms["scale"] = self.settings.scale_weight * loss
         return terms
 
@@ -244,11 +243,14 @@ class SharedFeatureCams(CamMethod):
     ) -> Tensor:
         """M_W of the view; see `CamMethod.view_cams`."""
         levels = [maps[index] for index in encoder.indices]
-        return self._view(image, levels, valid, (tags == 1).to(image.dtype)).smoothed[:, 1:]
+        return self._view(image, levels, valid, tags).smoothed[:, 1:]
 
-    def _view(self, image: Tensor, levels: Sequence[Tensor], valid: Tensor, presence: Tensor) -> SharedFeatureMaps:
-        inside = F.interpolate(valid[:, None].to(presence.dtype), size=levels[-2].shape[-2:], mode="nearest")
-        mask = inside * F.pad(presence, (1, 0), value=1.0)[:, :, None, None]
+    def _view(self, image: Tensor, levels: Sequence[Tensor], valid: Tensor, tags: Tensor) -> SharedFeatureMaps:
+        inside = F.interpolate(valid[:, None].to(image.dtype), size=levels[-2].shape[-2:], mode="nearest")
+        # What is none of the known classes may be one that nobody named: no background then.
+        background = ~tags.isnan().any(dim=1, keepdim=True)
+        presence = torch.cat([background, tags == 1], dim=1).to(image.dtype)
+        mask = inside * presence[:, :, None, None]
         maps: SharedFeatureMaps = self.head(image, levels, mask)
         return maps
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from training.losses.shared_feature import BANK_FACTOR, PROTOTYPE_WEIGHT, SCALE_WEIGHT
+
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Depth = Annotated[float, Field(gt=0, le=1)]
@@ -123,9 +125,9 @@ class SharedFeatureSettings(_Strict):
 
     kind: Literal["shared_feature"] = "shared_feature"
     bank_draws: Annotated[int, Field(ge=0, le=64)] = 4
-    bank_factor: Weight = 3.0
-    prototype_weight: Weight = 1.6
-    scale_weight: Weight = 0.8
+    bank_factor: Weight = BANK_FACTOR
+    prototype_weight: Weight = PROTOTYPE_WEIGHT
+    scale_weight: Weight = SCALE_WEIGHT
     coefficients: bool = True
     background_weight: Share = 0.3
     pooling: Share = 0.1
