@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.cam.objectness import Objectness
 from training.cam.pseudo_labels import network_image
-from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens, recall_of
+from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens, images_per_class, recall_of
 from training.data.dataset import DataSource
 from training.methods.tag_settings import TokenSettings
 from training.recipe import Recipe
@@ -28,6 +30,13 @@ _log = logging.getLogger(__name__)
 _LONG_SIDE = 1.5
 # Pixels up to which multiplying matrices takes less time than torch's fused attention, and little memory.
 _PLAIN_ATTENTION_SIDE = 640
+
+_FEW = (
+    "%.0f images a class (median) are few to learn from tags alone where a class is: %s; look at OUT/pseudo_labels, "
+    "and prefer points or more images"
+)
+_HELPED = "what looks like an object is taken into account (method.cams.objectness)"
+_ALONE = "background may be taken for it"
 
 Labels = NDArray[np.uint8]
 
@@ -100,16 +109,24 @@ def fitted_tokens(
     stage.mkdir(parents=True, exist_ok=True)
     # One name, which a restart after a kill writes over; read, it needs none any more.
     file = stage / "tokens.partial"
+    few = known is None and images_per_class(may) < settings.few_images
+    objectness = None
+    if few and settings.objectness == "auto" and Objectness.is_known(encoder):
+        objectness = Objectness(encoder)
+    if few:
+        _log.warning(_FEW, images_per_class(may), _ALONE if objectness is None else _HELPED)
     try:
-        with fabric.autocast():
-            tokens = collect_tokens(file, encoder, model.head.indices[0], views(), len(names))
+        with fabric.autocast(), objectness or nullcontext():
+            tokens = collect_tokens(file, encoder, model.head.indices[0], views(), len(names), objectness)
     finally:
         file.unlink(missing_ok=True)
     labels = None if known is None else _on_grids(tokens, names, known, classes)
     recall = float("nan")
     if labels is not None and len(names) > 1:
         recall = _held_out_recall(TokenCams(settings, encoder, classes), tokens, may, labels, recipe.seed)
-    fit_tokens(model, tokens, may, recipe.seed, labels)
+    if show:
+        _log.info("classifiers: learning from %d positions of %d images", tokens.starts[-1], len(names))
+    fit_tokens(model, tokens, may, recipe.seed, labels, None if objectness is None else objectness.maps)
     save_checkpoint(path, stage_recipe, {"classifier": model.state_dict(), "recall": recall})
     return model.to(fabric.device).eval(), recall
 

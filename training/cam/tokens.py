@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from training.cam.attention import AttentionTap, attention_layers
 from training.cam.calibration import along_attention, along_correlation, prototype_maps, with_prototypes
 from training.cam.head import CamHead, encode
+from training.cam.objectness import Objectness
 from training.methods.cam_methods import CamModel
 from training.methods.tag_settings import TokenSettings
 from wsss_deploy.card import IGNORE_INDEX
@@ -34,6 +35,12 @@ from wsss_deploy.networks.encoder import Encoder
 _log = logging.getLogger(__name__)
 
 _POSITIONS, _STEPS = 2048, 600
+# Images a class with which the first classifier's scores count as much as objectness; parts of an image's positions
+# that are seeds of its classes and of the background.
+_TRUSTED = 40
+_INSIDE, _OUTSIDE = 0.15, 0.4
+# More steps than this an image teach a classifier of a few the images one by one.
+_STEPS_AN_IMAGE = 16
 _DECAY_IMAGES, _DECAY_POSITIONS = 0.01, 0.05
 _HALF_MAX = 65504.0
 #: Rows of a file that are looked at in one piece.
@@ -81,7 +88,14 @@ class Tokens:
         return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
 
 
-def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Tensor], count: int = 1) -> Tokens:
+def collect_tokens(
+    path: Path,
+    encoder: Encoder,
+    index: int,
+    views: Iterable[Tensor],
+    count: int = 1,
+    objectness: Objectness | None = None,
+) -> Tokens:
     """Write the tokens of images, each normalised to mean 0 and variance 1 over its channels.
 
     Args:
@@ -90,6 +104,7 @@ def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Ten
         index: Of the block or stage, as timm counts.
         views: Normalised images (1, 3, H, W) of any size.
         count: How many there are, for a look at the free space after the first.
+        objectness: Of this encoder, active; takes up every image.
 
     Raises:
         TrainingError: They do not fit onto the disk.
@@ -103,6 +118,8 @@ def collect_tokens(path: Path, encoder: Encoder, index: int, views: Iterable[Ten
             rows = F.layer_norm(found.flatten(1).T, (channels,)).clamp(-_HALF_MAX, _HALF_MAX)
             sizes.append((found.shape[1], found.shape[2]))
             file.write(rows.half().cpu().numpy().tobytes())
+            if objectness is not None:
+                objectness.add(sizes[-1])
             if number == 0:
                 _check_space(path, 2 * rows.numel() * count)
     return Tokens(path, sizes, channels)
@@ -238,7 +255,12 @@ class TokenCams(CamModel):
 
 
 def fit_tokens(
-    model: TokenCams, tokens: Tokens, possible: Tensor, seed: int, known: NDArray[np.uint8] | None = None
+    model: TokenCams,
+    tokens: Tokens,
+    possible: Tensor,
+    seed: int,
+    known: NDArray[np.uint8] | None = None,
+    objectness: Sequence[NDArray[np.float32]] | None = None,
 ) -> None:
     """Learn both classifiers.
 
@@ -249,6 +271,8 @@ def fit_tokens(
         seed: Of the order in which they are seen.
         known: Labels of all positions, 255 = none, which take the place of the first classifier's seeds unless
             `TokenSettings.images` asks for both. None: there are none.
+        objectness: Of each image's positions (`Objectness.maps`), from which seeds are chosen together with the first
+            classifier where images are few; None leaves it to the classifier alone.
     """
     settings = model.settings
     mean, deviation = tokens.moments()
@@ -263,7 +287,10 @@ def fit_tokens(
     if known is None or settings.images:
         first = _learn_images(tokens, features, possible[:, 1:].float(), settings, generator)
         weight, bias = first.weight.detach(), first.bias.detach()
-        labels = _seeds(tokens, features, first, possible, settings)
+        if objectness is None:
+            labels = _seeds(tokens, features, first, possible, settings)
+        else:
+            labels = _object_seeds(tokens, features, first, possible, objectness)
     for _ in range(settings.rounds):
         if known is not None:
             labels = np.where(known == IGNORE_INDEX, labels, known)
@@ -344,7 +371,8 @@ def _learn_images(
             scores.append(highest.mean(dim=0))
         return F.binary_cross_entropy_with_logits(torch.stack(scores), present[chosen])
 
-    _optimise(layer, settings.learning_rate, _DECAY_IMAGES, settings.iterations, loss)
+    steps = min(settings.iterations, _STEPS_AN_IMAGE * len(tokens))
+    _optimise(layer, settings.learning_rate, _DECAY_IMAGES, steps, loss)
     return layer
 
 
@@ -368,6 +396,48 @@ def _seeds(
         for kind in own.nonzero()[:, 0].tolist():
             labels[tokens.starts[index] + int(scores[:, kind].argmax())] = kind + 1
     return labels
+
+
+@torch.no_grad()
+def _object_seeds(
+    tokens: Tokens,
+    features: _Features,
+    layer: nn.Linear,
+    possible: Tensor,
+    objectness: Sequence[NDArray[np.float32]],
+) -> NDArray[np.uint8]:
+    """Labels of the positions that look most and least like an object of a class of the image, 255 elsewhere.
+
+    The more images a class has, the more the classifier's word counts beside what was known before.
+    """
+    labels = np.full(int(tokens.starts[-1]), IGNORE_INDEX, np.uint8)
+    weight = images_per_class(possible) / _TRUSTED
+    for index, own in enumerate(possible[:, 1:]):
+        target = labels[tokens.starts[index] : tokens.starts[index + 1]]
+        kinds = own.nonzero()[:, 0]
+        if not len(kinds):
+            target[:] = 0
+            continue
+        scores: Tensor = layer(features(tokens.image(index)))[:, kinds]
+        value, best = scores.max(dim=1)
+        spread = value.std(unbiased=False)
+        likely = torch.from_numpy(objectness[index]) + weight * (value - value.mean()) / spread.clamp(min=1e-6)
+        order = likely.argsort(descending=True, stable=True).numpy()
+        target[order[len(order) - max(1, round(_OUTSIDE * len(order))) :]] = 0
+        chosen = order[: max(1, round(_INSIDE * len(order)))]
+        target[chosen] = kinds[best].numpy()[chosen] + 1
+    return labels
+
+
+def images_per_class(possible: Tensor) -> float:
+    """Median over the foreground classes that any image has of how many have it; 0 without any.
+
+    Args:
+        possible: bool (images, C), the background first.
+    """
+    counts = possible[:, 1:].sum(dim=0)
+    counts = counts[counts > 0]
+    return float(np.median(counts.numpy())) if len(counts) else 0.0
 
 
 def _learn_positions(

@@ -70,7 +70,7 @@ class TokenSettings(_Strict):
     Attributes:
         depth: Fraction of the encoder's depth whose features are taken.
         pooling: Fraction of an image's positions whose mean is its score; `CamSettings.pooling`.
-        iterations: Optimiser steps of the first classifier, of images.
+        iterations: Optimiser steps of the first classifier, of images; 16 an image at most.
         batch_size: Images in a step.
         learning_rate: Peak rate of both classifiers' optimiser, a third of it for the second.
         foreground: A position with a score above it is a seed of its class.
@@ -80,6 +80,10 @@ class TokenSettings(_Strict):
         sure: Least probability of that.
         scales: Factors of the image's size over which probabilities are averaged.
         calibration: Of these probabilities; null leaves them as they are.
+        objectness: Whether seeds are also chosen by what looks like an object (`training.cam.objectness`): "auto" where
+            the classes have few images (`few_images`), there are no labels of pixels and the encoder has a class
+            token; "off" never. That expects photographs of things, not scenes all of which is labelled.
+        few_images: Fewer images than this a class (their median) are few.
         images: Where labels of pixels are there as well (`PropagationSettings`): whether the classifier of images
             adds its seeds to them. That needs a background and classes that not every image holds.
     """
@@ -96,6 +100,8 @@ class TokenSettings(_Strict):
     sure: Annotated[float, Field(ge=0, lt=1)] = 0.7
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     calibration: CalibrationSettings | None = CalibrationSettings()
+    objectness: Literal["auto", "off"] = "auto"
+    few_images: Annotated[int, Field(ge=0)] = 75
     images: bool = False
 
     @model_validator(mode="after")
