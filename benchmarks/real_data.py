@@ -84,6 +84,8 @@ SETTINGS = (
             ("dfr", ()),
         )
     ),
+    # Deep features that only take away what colour links.
+    Setting("voc-scribbles-dfr-product", "voc_animals", "scribbles", "dfr", extra=("--set", "method.kernel=product")),
     # How little annotation is enough: parts of the scribbles' length, 0 is a point.
     *(
         Setting(
