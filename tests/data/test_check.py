@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from training.data import check
 from training.data.dataset import read_dataset
 from training.data.inspection import inspect
+from training.data.reading import IMAGE_SUFFIXES
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_every_fault_is_in_the_list(folder_set, labels_writer, run):
         "error masks/orphan.png: label without an image of that name",
         "error masks/: 1 file not read, since not .png (first: notes.txt)",
         "error points/c.png: has colours (mode RGB)",
-        "error tags.json: 'c' has the unknown tag 8",
+        "error tags.json: unknown tag 8 in 1 image (first: 'c'); expected ids below 3",
         "error tags.json: 1 entry for no known image (first: 'ghost')",
         "remark masks/d: has masks of disc, but its tags say absent",
         "error splits/train.txt: names images that do not exist: missing",
@@ -115,6 +118,80 @@ def test_classes_that_nothing_labels_are_remarked(folder_set):
     with (folder_set / "classes.txt").open("a") as file:
         file.write("star\n")
     assert "remark splits: train has no label of star" in problems(folder_set)
+
+
+def test_the_background_may_be_left_out_of_tags_but_not_of_pixel_labels(folder_set, labels_writer):
+    for kind in ("masks", "points"):
+        shutil.rmtree(folder_set / kind)
+    scribbles = np.full((48, 64), 255)
+    scribbles[16, 8:24], scribbles[36, 34:56] = 1, 2
+    for name in ("a", "b", "c", "d"):
+        labels_writer(folder_set / "scribbles" / f"{name}.png", scribbles)
+    assert "remark splits: train has no label of background" in problems(folder_set)
+    shutil.rmtree(folder_set / "scribbles")
+    assert problems(folder_set) == []
+    (folder_set / "tags.json").write_text(json.dumps({name: ["disc"] for name in ("a", "b", "c", "d")}))
+    assert "remark splits: train has no label of bar" in problems(folder_set)
+
+
+def test_a_misspelt_tag_is_one_line_with_a_guess(folder_set):
+    tags = {"a": ["Disc", "BAR"], "b": ["Disc", "Disc"], "c": ["disc", "yeti"], "d": ["dsic"]}
+    (folder_set / "tags.json").write_text(json.dumps(tags))
+    expected = "expected ids below 3 or names of classes.txt"
+    assert [line for line in problems(folder_set) if "unknown tag" in line] == [
+        f"error tags.json: unknown tag 'Disc' in 2 images (first: 'a'); did you mean 'disc'? {expected}",
+        f"error tags.json: unknown tag 'BAR' in 1 image (first: 'a'); did you mean 'bar'? {expected}",
+        f"error tags.json: unknown tag 'yeti' in 1 image (first: 'c'); {expected}",
+        f"error tags.json: unknown tag 'dsic' in 1 image (first: 'd'); did you mean 'disc'? {expected}",
+    ]
+
+
+def test_files_that_are_not_read_as_images_are_remarked(folder_set, run):
+    images = folder_set / "images"
+    (images / "june" / ".cache").mkdir(parents=True)
+    for name in (
+        "e.heic",
+        "f.HEIC",
+        "g.avif",
+        "h",
+        "june/i.jpg",
+        "june/.cache/j.jpg",
+        ".k.heic",
+        "e.aae",
+        "ghost.json",
+    ):
+        (images / name).write_bytes(b"x")
+    tags = {"a": [1, 2], "e": [1], "f.HEIC": [1], "june/i.jpg": [2], "ghost": [1]}
+    (folder_set / "tags.json").write_text(json.dumps(tags))
+    assert [line for line in problems(folder_set) if "not read" in line or "ghost" in line] == [
+        "error tags.json: 2 names of files that are not read (first: 'e' is images/e.heic); "
+        "convert them to JPEG or PNG",
+        "error tags.json: 1 name of a file that is not read (first: 'june/i.jpg' is images/june/i.jpg); "
+        "move them into images/ itself",
+        "error tags.json: 1 entry for no known image (first: 'ghost'); add the image or remove the entry",
+        "remark images: 6 files are not read (.heic 2, .aae 1, .avif 1, .json 1, no ending 1): "
+        "convert them to JPEG or PNG if they are images",
+        "remark images: 1 file is not read, since in subfolders (first: june/i.jpg): move them into images/ itself",
+    ]
+    (folder_set / "tags.json").write_text('{"a": [1, 2], "b": [1, 2], "c": [1, 2], "d": [1, 2]}')
+    assert run(folder_set)[0] == 0, "files that nothing names are no error"
+
+
+def test_the_endings_in_the_document_are_those_that_are_read():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    listed = re.search(r"directly in `images/` that end in (.*?), in upper", text, re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"`(\.\w+)`", listed[1])) == IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("name", ["tags.csv", "Tags.txt", "labels.json", "label.CSV"])
+def test_a_file_that_looks_like_tags_is_remarked_where_tags_json_is_missing(folder_set, name):
+    (folder_set / name).write_text("a,1\n")
+    (folder_set / "labels.txt").write_text("disc\n")
+    assert problems(folder_set) == [], "tags.json is there"
+    (folder_set / "tags.json").unlink()
+    (found,) = problems(folder_set)
+    assert found.startswith(f"remark {name}: is not read; if it holds the tags, write them as tags.json")
 
 
 def test_tags_without_a_background_are_remarked(folder_set):

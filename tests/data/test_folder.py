@@ -51,6 +51,41 @@ def test_split_lines_may_be_file_names(folder_set):
     assert open_dataset(folder_set).splits["train"] == ("a", "b")
 
 
+def test_json_entries_may_be_file_names(folder_set):
+    (folder_set / "images" / "a.png").rename(folder_set / "images" / "v1.jpg.png")
+    (folder_set / "points" / "b.png").unlink()
+    (folder_set / "splits" / "train.txt").write_text("v1.jpg\nb.png\n")
+    (folder_set / "tags.json").write_text('{"v1.jpg": [1], "b.png": [2], "c.PNG": ["disc"]}')
+    (folder_set / "points.json").write_text('{"b.png": [{"x": 3, "y": 7, "cls": 2}]}')
+    source = open_dataset(folder_set)
+    assert [source.tags(name) for name in ("v1.jpg", "b", "c", "d")] == [(1,), (2,), (1,), None]
+    assert source.load_labels("b", "points")[7, 3] == 2
+    assert source.splits["train"] == ("v1.jpg", "b")
+
+
+def test_entries_never_take_the_labels_of_a_file_in_a_subfolder(folder_set):
+    (folder_set / "images" / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(folder_set / "images" / "more" / "a.png")
+    (folder_set / "tags.json").write_text('{"more/a.png": [1], "b": [2]}')
+    source = open_dataset(folder_set)
+    assert source.tags("a") is None
+    assert source.tags("b") == (2,)
+
+
+def test_jfif_is_read_as_the_jpeg_that_it_is(folder_set):
+    image = Image.open(folder_set / "images" / "a.png")
+    image.save(folder_set / "images" / "a.jfif", format="JPEG")
+    (folder_set / "images" / "a.png").unlink()
+    assert open_dataset(folder_set).load_image("a").shape == (48, 64, 3)
+
+
+def test_a_split_of_files_that_are_not_read_says_so(folder_set):
+    (folder_set / "images" / "a.png").rename(folder_set / "images" / "a.heic")
+    with pytest.raises(DataError, match=r"train\.txt: 1 name of a file .*'a' is images/a\.heic\); convert") as caught:
+        open_dataset(folder_set)
+    assert "do not exist" not in str(caught.value)
+
+
 def test_points_json_is_read_where_there_is_no_png(folder_set):
     (folder_set / "points" / "a.png").unlink()
     points = {"a": [{"x": 3, "y": 7, "cls": 2}, {"x": 60, "y": 1, "cls": "disc"}], "b": [{"x": 0, "y": 0, "cls": 1}]}
@@ -119,8 +154,10 @@ def test_a_file_cut_short_is_named(folder_set, folder):
     [
         ("splits/train.txt", "a\nmissing\n", "names images that do not exist: missing"),
         ("splits/train.txt", "", "is empty"),
-        ("tags.json", '{"a": [3]}', "'a' has the unknown tag 3"),
-        ("tags.json", '{"a": ["cat"]}', "'a' has the unknown tag 'cat'"),
+        ("tags.json", '{"a": [3]}', r"unknown tag 3 in 1 image \(first: 'a'\); expected ids below 3"),
+        ("tags.json", '{"a": ["cat"]}', r"unknown tag 'cat' in 1 image \(first: 'a'\); expected ids below 3"),
+        ("tags.json", '{"a": [1], "a.png": [2]}', "1 image has more than one entry .*'a' and 'a.png' for image 'a'"),
+        ("points.json", '{"a.png": [], "a": []}', "1 image has more than one entry .*'a.png' and 'a' for image 'a'"),
         ("tags.json", "[1]", "holds a list, expected an object"),
         ("tags.json", "{", "not readable JSON"),
         ("points.json", '{"a": 1}', "'a': expected a list"),
@@ -139,6 +176,13 @@ def test_no_images_no_classes_no_folder(folder_set, tmp_path):
     (folder_set / "classes.txt").unlink()
     with pytest.raises(DataError, match=r"classes\.txt: missing; write one class name a line"):
         open_dataset(folder_set)
+    (tmp_path / "phone" / "images" / "june").mkdir(parents=True)
+    for name in ("x.HEIC", "y.heic", "z.avif", "bare", "june/w.jpg", ".hidden"):
+        (tmp_path / "phone" / "images" / name).write_bytes(b"x")
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "phone")
+    assert "images: 4 files are not read (.heic 2, .avif 1, no ending 1): convert them to JPEG" in str(caught.value)
+    assert "1 file is not read, since in subfolders (first: june/w.jpg): move" in str(caught.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images; expected images"):
         open_dataset(tmp_path / "empty")

@@ -8,23 +8,34 @@
     classes.txt               required; line number = class id, from 0
     splits/SPLIT.txt          one name a line; without any split, all images are the split "train"
 
+In JSON files and lists, NAME may carry the image's ending.
 Every image has what it has: kinds of labels may differ from image to image.
 """
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.dataset import PIXEL_KINDS, counted, has_background
+from training.data.dataset import PIXEL_KINDS, Problem, counted, has_background
 from training.data.files import FileSource
 from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines
+from training.data.unread import UnreadFiles
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
 from wsss_deploy.image_files import read_palette
+
+# What people name the file of the tags, by the name's two halves; None stands for any ending.
+_TAG_FILES: dict[str, frozenset[str] | None] = {
+    "tags": None,
+    "tag": None,
+    "labels": frozenset({".json", ".csv", ".tsv", ".xlsx"}),
+    "label": frozenset({".json", ".csv", ".tsv", ".xlsx"}),
+}
 
 
 class FolderSource(FileSource):
@@ -39,9 +50,11 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path) -> None:
         found = files_by_stem(root / "images", IMAGE_SUFFIXES)
+        self._unread = UnreadFiles(root / "images")
         if not found:
             raise DataError(
                 f"{root}: no images; expected images/*.jpg (or png, ...) beside classes.txt, masks/, scribbles/, ..."
+                + "".join(f"; images: {text}" for text in self._unread.remarks())
             )
         classes = read_classes(root / "classes.txt")
         super().__init__(root, classes, {name: paths[0] for name, paths in found.items()})
@@ -49,6 +62,7 @@ class FolderSource(FileSource):
             if len(paths) > 1:
                 names = ", ".join(path.name for path in paths)
                 self._problem(f"images/{paths[0].name}", f"the same name occurs {len(paths)} times ({names}); keep one")
+        self.problems += [Problem("images", text, "remark") for text in self._unread.remarks()]
         self._ids = {name: index for index, name in enumerate(classes)}
         for kind in PIXEL_KINDS:
             self._labels[kind] = self._label_files(kind)
@@ -93,18 +107,41 @@ class FolderSource(FileSource):
         return labels
 
     def _read_tags(self) -> dict[str, tuple[int, ...]]:
+        self._report_other_tag_files()
         tags: dict[str, tuple[int, ...]] = {}
+        unknown: dict[str, list[str]] = {}
         for name, values in self._read_mapping("tags.json").items():
             listed = values if isinstance(values, list) else [values]
             ids = [self._class_id(value) for value in listed]
-            unknown = [repr(value) for value, index in zip(listed, ids, strict=True) if index is None]
-            if unknown:
-                expected = f"expected ids below {len(self.classes)} or names of classes.txt"
-                self._problem("tags.json", f"'{name}' has the unknown tag {', '.join(unknown)}; {expected}")
+            for tag in {repr(value): None for value, index in zip(listed, ids, strict=True) if index is None}:
+                unknown.setdefault(tag, []).append(name)
             # The background is in every image, whether or not somebody says so.
             left_out = {None, 0} if has_background(self.classes) else {None}
             tags[name] = tuple(sorted({index for index in ids if index is not None} - left_out))
+        # A misspelling is seldom alone: one line for each, not one for each image.
+        for tag, names in unknown.items():
+            found = f"unknown tag {tag} in {counted(len(names), 'image')} (first: '{names[0]}')"
+            expected = f"expected ids below {len(self.classes)} or names of classes.txt"
+            self._problem("tags.json", f"{found}; {self._nearest_class(tag)}{expected}")
         return tags
+
+    def _nearest_class(self, tag: str) -> str:
+        """A guess at the class that an unknown tag means, as the beginning of a sentence; "" without one."""
+        # Names that differ in case only are classes of their own; the first is as good a guess as the others.
+        known = {name.lower(): name for name in reversed(self.classes)}
+        near = difflib.get_close_matches(tag.strip("'\"").strip().lower(), known, n=1)
+        return f"did you mean '{known[near[0]]}'? " if near else ""
+
+    def _report_other_tag_files(self) -> None:
+        """Without tags.json, say so of files that look as if they held the tags."""
+        if (self._root / "tags.json").is_file():
+            return
+        for path in sorted(self._root.iterdir()):
+            stem, ending = path.stem.lower(), path.suffix.lower()
+            endings = _TAG_FILES.get(stem, frozenset())
+            if path.is_file() and (endings is None or ending in endings):
+                text = 'is not read; if it holds the tags, write them as tags.json: {"NAME": [class names or ids]}'
+                self.problems.append(Problem(path.name, text, "remark"))
 
     def _class_id(self, value: object) -> int | None:
         if isinstance(value, str):
@@ -121,23 +158,50 @@ class FolderSource(FileSource):
         content = read_json(path)
         if not isinstance(content, dict):
             raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
-        unknown = [name for name in content if name not in self._images]
+        entries: dict[str, list[str]] = {}
+        for entry in content:
+            entries.setdefault(self._image_name(entry), []).append(entry)
+        self._report_unknown(file, [entry for name in entries if name not in self._images for entry in entries[name]])
+        repeated = [name for name in entries if name in self._images and len(entries[name]) > 1]
+        if repeated:
+            first = " and ".join(f"'{entry}'" for entry in entries[repeated[0]])
+            have = f"{counted(len(repeated), 'image')} {'has' if len(repeated) == 1 else 'have'} more than one entry"
+            self._problem(file, f"{have} (first: {first} for image '{repeated[0]}'); keep one")
+        return {name: content[given[0]] for name, given in entries.items() if name in self._images}
+
+    def _report_unknown(self, file: str, entries: list[str]) -> None:
+        """Report entries of a JSON file that are for no image: those of unread files, and the rest."""
+        found = {entry: self._unread.find(entry) or self._unread.find(self._image_name(entry)) for entry in entries}
+        for text in self._unread.describe({entry: path for entry, path in found.items() if path is not None}):
+            self._problem(file, text, blocking=False)
+        unknown = [entry for entry, path in found.items() if path is None]
         if unknown:
-            found = f"{counted(len(unknown), 'entry')} for no known image (first: '{unknown[0]}')"
-            self._problem(file, f"{found}; add the image or remove the entry", blocking=False)
-        return {name: value for name, value in content.items() if name in self._images}
+            text = f"{counted(len(unknown), 'entry')} for no known image (first: '{unknown[0]}')"
+            self._problem(file, f"{text}; add the image or remove the entry", blocking=False)
 
     def _read_splits(self) -> dict[str, tuple[str, ...]]:
         splits: dict[str, tuple[str, ...]] = {}
         for path in sorted((self._root / "splits").glob("*.txt")):
-            names = [self._strip_suffix(line) for line in read_lines(path) if line]
-            splits[path.stem] = self._split_names(names, f"splits/{path.name}")
+            names = [self._image_name(line) for line in read_lines(path) if line]
+            where = f"splits/{path.name}"
+            unread = {
+                name: file
+                for name in names
+                if name not in self._images and (file := self._unread.find(name)) is not None
+            }
+            for text in self._unread.describe(unread):
+                self._problem(where, text)
+            rest = [name for name in names if name not in unread]
+            splits[path.stem] = self._split_names(rest, where) if rest or not unread else ()
         return splits or {"train": tuple(self._images)}
 
-    def _strip_suffix(self, line: str) -> str:
-        # Lists often carry file names; a name may hold dots of its own, so the plain name goes first.
-        path = Path(line)
-        return path.stem if line not in self._images and path.suffix.lower() in IMAGE_SUFFIXES else line
+    def _image_name(self, entry: str) -> str:
+        """The image that an entry of a list or JSON file means, by name or by file name."""
+        # A name may hold dots of its own, so the plain name goes first; the file of a subfolder is another image.
+        if entry in self._images or self._unread.is_nested(entry):
+            return entry
+        path = Path(entry)
+        return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else entry
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

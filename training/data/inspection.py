@@ -263,8 +263,10 @@ def _missing_classes(splits: Mapping[str, Tally], classes: Sequence[str]) -> lis
     for split, tally in splits.items():
         if split == NO_SPLIT or not tally.class_images:
             continue
-        seen = np.sum([counts[: len(classes)] for counts in tally.class_images.values()], axis=0)
-        if missing := [name for name, count in zip(classes, seen, strict=True) if not count]:
+        seen: NDArray[np.int64] = np.sum([counts[: len(classes)] for counts in tally.class_images.values()], axis=0)
+        # Tags leave the background out, so only pixel labels can lack it.
+        first = 1 if has_background(classes) and set(tally.class_images) == {"tags"} else 0
+        if missing := [name for name, count in zip(classes[first:], seen[first:], strict=True) if not count]:
             problems.append(Problem("splits", f"{split} has no label of {', '.join(missing)}", "remark"))
     return problems
 

@@ -14,7 +14,7 @@ from wsss_deploy import images
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError, ImageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
