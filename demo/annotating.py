@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from demo.folder import KINDS, AnnotatedFolder, Color, Conflict, as_mapping, decode_runs, encode_runs
+from demo.folder import KINDS, AnnotatedFolder, Color, Conflict, as_mapping, decode_runs, encode_runs, typed_classes
 from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE
 from wsss_deploy.card import IGNORE_INDEX
@@ -133,7 +133,16 @@ class Annotating:
         }
 
     def _name_classes(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        self._folder.name_classes(str(request.get("text", "")))
+        text = str(request.get("text", ""))
+        first = typed_classes(text)[0]
+        if not is_background(first) and request.get("confirmed") is not True:
+            # Asked before anything is written: the classes stay, and training from tags would fail only much later.
+            return {
+                "warning": f"The first class is '{first}', expected 'background'. Without a background, image tags "
+                "cannot be learnt from; points and scribbles can. Put 'background' on the first line, or press the "
+                "button again to begin without it."
+            }
+        self._folder.name_classes(text)
         return self._start(request)
 
     def _open(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from demo.models import STARTER, find_examples, find_model, models_beside
 from demo.requirement import require_gradio
 from demo.server import is_loopback, listen, make_server
 from wsss_deploy.backends import RUNTIMES
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         nargs="?",
         type=Path,
         metavar="MODEL",
-        help="model.onnx or model.pt, or a folder that holds some; others beside it are offered (default: this folder "
+        help=f"{MODEL_FILES}, or a folder that holds some; others beside it are offered (default: this folder "
         "or quickstart/, else a small network for drawn scenes that comes with the package)",
     )
     parser.add_argument(

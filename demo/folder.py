@@ -136,7 +136,7 @@ class AnnotatedFolder:
         Raises:
             DataError: There is one already, or the names are not usable.
         """
-        classes = check_classes([line.strip() for line in text.splitlines() if line.strip()])
+        classes = typed_classes(text)
         with self._lock:
             if (self.root / "classes.txt").exists():
                 raise DataError("classes.txt exists already; reload the page")
@@ -321,7 +321,9 @@ class AnnotatedFolder:
             raise DataError(f"{file}: is no readable JSON; repair or remove it") from error
         if not isinstance(content, dict):
             raise DataError(f"{file}: expected an object from image name to labels; repair or remove it")
-        return content
+        # By file name, as `wsss-train` takes it, too; written again, it is the plain name.
+        names = {path.name: name for name, path in self._images.items() if path.name not in self._images}
+        return {names.get(entry, entry): value for entry, value in content.items()}
 
     def _listed_points(self, name: str, size: tuple[int, int]) -> Labels:
         labels = np.full(size, IGNORE_INDEX, np.uint8)
@@ -335,6 +337,15 @@ class AnnotatedFolder:
                 raise DataError(f"points.json: a point of '{name}' is not usable; see wsss-check") from error
             labels[y, x] = index
         return labels
+
+
+def typed_classes(text: str) -> tuple[str, ...]:
+    """Class names from what was typed, one a line; empty lines are left out.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    return check_classes([line.strip() for line in text.splitlines() if line.strip()])
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from wsss_deploy.cli.common import ArgumentParser, run_command, seed_number
+from training.recipes import packaged_recipes
+from wsss_deploy.cli.common import ArgumentParser, Interrupted, run_command, seed_number
 from wsss_deploy.errors import TrainingError
 
+if TYPE_CHECKING:
+    from training.recipe import Recipe
+
 _log = logging.getLogger(__name__)
+
+# Written out, since their settings cannot be imported without torch, for which `--help` should not wait.
+METHODS = ("supervised", "partial_ce", "gated_crf", "dfr", "soft_labels", "tags", "sfc", "tscd")
 
 _EPILOG = """\
 Without --recipe the defaults fit the kind of label and the size of the data set. Any value of a recipe can be set
@@ -36,10 +44,15 @@ def _parser() -> ArgumentParser:
         help="kind of label to train from; auto (default) takes the densest labels of pixels that each image has",
     )
     parser.add_argument(
-        "--recipe", metavar="FILE", help="YAML file, or name of a packaged recipe, whose values replace the defaults"
+        "--recipe",
+        metavar="FILE|NAME",
+        help="YAML file, or name of a packaged recipe, whose values replace the defaults; packaged are "
+        f"{', '.join(packaged_recipes())}",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
-    parser.add_argument("--method", metavar="NAME", help="short for --set method.name=...")
+    parser.add_argument(
+        "--method", metavar="NAME", help=f"short for --set method.name=NAME; one of {', '.join(METHODS)}"
+    )
     parser.add_argument(
         "--weights", metavar="timm|none|PATH", help="the encoder's start: timm (download), none, or the path of a file"
     )
@@ -91,15 +104,23 @@ def _train(arguments: argparse.Namespace) -> int:
     from training.run import RECIPE, resolve_recipe, run
 
     overrides = [read_recipe(find_recipe(arguments.recipe))] if arguments.recipe else []
+    before: dict[str, Any] = {}
     if arguments.resume:
         saved = arguments.out / RECIPE
         if not saved.is_file():
             raise TrainingError(f"{arguments.out}: no run to resume ({RECIPE} is missing); leave --resume out to start")
-        overrides.insert(0, read_recipe(saved))
+        before = read_recipe(saved)
+        overrides.insert(0, before)
     overrides += [_given(arguments), parse_assignments(arguments.set)]
     source = open_dataset(arguments.data, arguments.format)
     recipe = resolve_recipe(source, arguments.supervision, overrides)
-    result = run(recipe, source, arguments.out, arguments.resume, not arguments.quiet)
+    _check_method(before, recipe, arguments.out)
+    try:
+        result = run(recipe, source, arguments.out, arguments.resume, not arguments.quiet)
+    except KeyboardInterrupt as interruption:
+        if not _resumable(arguments, recipe):
+            raise
+        raise Interrupted(f"go on with: {_resume_command(arguments)}") from interruption
     trained = result.trained
     if trained.result is not None:
         print(trained.result.table())
@@ -111,6 +132,53 @@ def _train(arguments: argparse.Namespace) -> int:
     print(f"{result.model} ({trained.selection}, iteration {trained.iteration}, {trained.seconds:.0f} s of training)")
     print(f"next: wsss-export {result.model}   wsss-predict IMAGE --model {result.model} --out OUT")
     return 0
+
+
+def _check_method(before: dict[str, Any], recipe: Recipe, out: Path) -> None:
+    """See that a run is resumed with its own method; with another, its recipe would be overwritten on the way.
+
+    Classifiers that carry scribbles and points on are the same for all methods that have them, so that a folder
+    which holds nothing else may be gone on with by another of these.
+
+    Raises:
+        TrainingError: It is another method's run.
+    """
+    from training.cam_stage import STAGE
+    from training.methods.settings import SparseSettings
+    from training.state import CHECKPOINT
+
+    saved = before.get("method")
+    name = saved.get("name") if isinstance(saved, dict) else None
+    if name in (None, recipe.method.name):
+        return
+    carries = isinstance(recipe.method, SparseSettings) and recipe.method.propagate is not None
+    if carries and (out / STAGE / CHECKPOINT).is_file() and not (out / CHECKPOINT).exists():
+        return
+    raise TrainingError(
+        f"{out}: the run there is one of '{name}', this one asks for '{recipe.method.name}'; leave the method out to "
+        "resume it, or start a new run with another --out"
+    )
+
+
+def _resumable(arguments: argparse.Namespace, recipe: Recipe) -> bool:
+    """Whether --resume would go on with the run that was just stopped.
+
+    Stopped early it has written nothing yet, and the recipe in its folder may be that of an earlier run.
+    """
+    from training.recipe import dump_recipe
+    from training.run import MODEL, RECIPE
+
+    saved = arguments.out / RECIPE
+    if not saved.is_file() or (arguments.out / MODEL).exists():
+        return False
+    return bool(arguments.resume) or saved.read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def _resume_command(arguments: argparse.Namespace) -> str:
+    words = ["wsss-train", str(arguments.data), "--out", str(arguments.out), "--resume"]
+    if arguments.format != "auto":
+        words += ["--format", arguments.format]  # the one option that the saved recipe does not hold
+    return shlex.join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 from rich.progress import track
 
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _parser() -> ArgumentParser:
         "wsss-evaluate", "Per-class IoU, boundary IoU, Dice and mIoU of a model on a split, at native size."
     )
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="model.pt or model.onnx; with --first-stage the folder of a run"
+        "model", type=Path, metavar="MODEL", help=f"{MODEL_FILES}; with --first-stage the folder of a run"
     )
     parser.add_argument("data", type=Path, metavar="DATA", help="data set folder with masks for the split")
     parser.add_argument("--split", required=True, help="name of the split, for example val")

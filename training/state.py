@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from training.recipe import Recipe, dump_recipe
+from wsss_deploy.artifact import TRAINING_STATE_FORMAT
 from wsss_deploy.errors import TrainingError
 from wsss_deploy.files import atomic_write
 
 CHECKPOINT = "checkpoint.pt"
-_FORMAT = "wsss-deploy-training-state"
 
 
 def random_state() -> dict[str, Any]:
@@ -52,7 +52,12 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def save_checkpoint(path: Path, recipe: Recipe, state: dict[str, Any]) -> None:
     """Write the training state atomically."""
-    content = {"format": _FORMAT, "recipe": recipe.model_dump(mode="json"), "digest": recipe_digest(recipe), **state}
+    content = {
+        "format": TRAINING_STATE_FORMAT,
+        "recipe": recipe.model_dump(mode="json"),
+        "digest": recipe_digest(recipe),
+        **state,
+    }
     with atomic_write(path) as file:
         torch.save(content, file)
 
@@ -71,7 +76,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
         raise TrainingError(
             f"{path}: damaged or no checkpoint of this package; start again without --resume"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") != TRAINING_STATE_FORMAT:
         raise TrainingError(f"{path}: not a training state; --resume reads {CHECKPOINT}, fine-tuning takes --weights")
     if content["digest"] != recipe_digest(recipe):
         changed = _differences(content["recipe"], recipe.model_dump(mode="json"))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wsss-deploy"
+#: What a run's `checkpoint.pt` says in place of it; here so that a training state is told from a stranger's file.
+TRAINING_STATE_FORMAT = "wsss-deploy-training-state"
 CARD_KEY = "wsss_card"
 KNOWN_SUFFIXES = (".pt", ".onnx", ".engine", ".xml")
 
@@ -139,6 +141,11 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _content(data: Any, path: Path) -> Mapping[str, Any]:
+    if isinstance(data, Mapping) and data.get("format") == TRAINING_STATE_FORMAT:
+        raise ArtifactError(
+            f"{path}: is the training state of a run, which wsss-train --resume goes on from, expected a model; use "
+            "the run's model.pt, which lies beside it once the training has ended"
+        )
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         found = f"a {type(data).__name__}"
         if isinstance(data, Mapping):

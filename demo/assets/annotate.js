@@ -502,9 +502,22 @@ root.querySelectorAll("input[name=annotate-tool]").forEach((input) => input.addE
 find(".radius").addEventListener("input", showWidth);
 find(".opacity").addEventListener("input", (event) => { prediction.style.opacity = event.target.value; });
 find(".show").addEventListener("change", predict);
+let warned = null; // the class names that the page has warned of
+function warn(text, warning) {
+  warned = text;
+  tell(warning);
+  find(".setup button").textContent = text === null ? "Use these classes" : "Use them without a background";
+}
+find("#class-names").addEventListener("input", () => { if (warned !== null) warn(null, ""); });
 find(".setup").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const answer = await ask("name_classes", { text: find("#class-names").value });
+  const text = find("#class-names").value;
+  const answer = await ask("name_classes", { text, confirmed: text === warned });
+  if (answer.warning) {
+    // What was typed while the server answered is asked about in its turn.
+    if (find("#class-names").value === text) warn(text, answer.warning);
+    return;
+  }
   tell(answer.error || "");
   if (!answer.error) begin(answer);
 });

@@ -5,8 +5,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import training.token_stage
-from tests.methods.test_tags import TOKENS, tagged, train, values  # noqa: F401  # the data set of coloured squares
 from training.cam.head import depth_index, encode
 from training.cam.objectness import DEPTH, Objectness
 from training.cam.tokens import TokenCams, fit_tokens, images_per_class
@@ -112,22 +110,3 @@ def test_images_per_class():
     assert images_per_class(may) == 5.5
     assert images_per_class(torch.zeros(3, 4, dtype=torch.bool)) == 0
     assert images_per_class(F.pad(may, (0, 1))) == 5.5, "a class that nobody has does not count"
-
-
-@pytest.mark.parametrize(
-    ("options", "looked", "told"),
-    [
-        ({}, True, "what looks like an object"),
-        ({"objectness": "off"}, False, "may be taken for it"),
-        ({"few_images": 0}, False, ""),
-    ],
-)
-def test_few_images_are_looked_at_so_and_said(tagged, tmp_path, values, monkeypatch, caplog, options, looked, told):  # noqa: F811
-    given = []
-    fit = training.token_stage.fit_tokens
-    monkeypatch.setattr(training.token_stage, "fit_tokens", lambda *rest: given.append(rest[-1]) or fit(*rest))
-    caplog.set_level("WARNING")
-    train(tagged, tmp_path / "run", values | {"method": {"name": "tags", "cams": TOKENS | options}})
-    assert (given[0] is not None) is looked
-    assert ("images a class (median) are few" in caplog.text) is bool(told)
-    assert told in caplog.text

@@ -194,6 +194,28 @@ def test_two_people_at_one_image(annotate_address, folder, visit):
     assert labels(folder / "scribbles" / "photo3.png")[20, 20] == 0
 
 
+def test_a_missing_background_is_told_before_the_classes_are_used(tmp_path, color_segmenter, serve, visit):
+    root = tmp_path / "animals"
+    (root / "images").mkdir(parents=True)
+    Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 90)).save(root / "images" / "photo.png")
+    with serve(color_segmenter, data=root) as url:
+        annotator = Annotator(visit(url))
+        page = annotator.page
+        message = page.locator("#annotate .message")
+        annotator.name_classes("cat", "dog")
+        message.get_by_text("image tags cannot be learnt from").wait_for()
+        assert not (root / "classes.txt").exists()
+        # Another text is another question.
+        page.locator("#class-names").fill("dog\ncat")
+        message.wait_for(state="hidden")
+        page.get_by_role("button", name="Use these classes").click()
+        message.get_by_text("The first class is 'dog'").wait_for()
+        page.get_by_role("button", name="Use them without a background").click()
+        annotator.wait_for("photo")
+        assert not message.is_visible()
+        assert (root / "classes.txt").read_text() == "dog\ncat\n"
+
+
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
     """Images of which the first and the third cannot be read, and a large one."""

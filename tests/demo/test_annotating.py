@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
@@ -140,6 +141,28 @@ def test_images_with_masks_only_are_told_apart(data):
     assert calls["suggest"]({"name": "a"})["reason"] == "Every image has labels, 2 of them by masks only."
 
 
+@pytest.mark.parametrize("first", ["cat", "backgrounds"])
+def test_classes_without_a_background_are_asked_about_before_they_are_written(data, first):
+    (data / "classes.txt").unlink()
+    name_classes = functions(AnnotatedFolder(data))["name_classes"]
+    answer = name_classes({"text": f"{first}\nbox\n"})
+    assert answer.keys() == {"warning"}
+    assert f"The first class is '{first}', expected 'background'" in answer["warning"]
+    assert "image tags cannot be learnt from; points and scribbles can" in answer["warning"]
+    assert not (data / "classes.txt").exists()
+    answer = name_classes({"text": f"{first}\nbox\n", "confirmed": True})
+    assert [each["name"] for each in answer["classes"]] == [first, "box"]
+    assert (data / "classes.txt").read_text() == f"{first}\nbox\n"
+
+
+@pytest.mark.parametrize("first", ["background", "Background", "_background_"])
+def test_a_background_is_not_asked_about(data, first):
+    (data / "classes.txt").unlink()
+    answer = functions(AnnotatedFolder(data))["name_classes"]({"text": f"{first}\nbox"})
+    assert answer["taggable"] == [1]
+    assert (data / "classes.txt").read_text() == f"{first}\nbox\n"
+
+
 def test_images_that_come_later(data):
     folder = AnnotatedFolder(data)
     calls = functions(folder)
@@ -154,3 +177,13 @@ def test_images_that_come_later(data):
     assert calls["start"]({})["names"] == ["a", "b", "c"]
     with pytest.raises(ImageError, match=r"^b\.png"):
         folder.image("b")
+
+
+def test_tags_by_file_name_are_the_images(data):
+    folder = AnnotatedFolder(data)
+    file = next((data / "images").iterdir())
+    (data / "tags.json").write_text(json.dumps({file.name: [1]}))
+    assert folder.tags(file.stem) == [1]
+    assert folder.labelled() == {file.stem}
+    folder.save_tags(file.stem, [1])
+    assert json.loads((data / "tags.json").read_text()) == {file.stem: [1]}, "not twice, which no reader takes"

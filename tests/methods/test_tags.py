@@ -269,6 +269,25 @@ def test_tokens_of_a_hierarchical_encoder(tagged, tmp_path, values, encoder):
     assert len(labels) == 6
 
 
+@pytest.mark.parametrize(
+    ("options", "looked", "told"),
+    [
+        ({}, True, "what looks like an object"),
+        ({"objectness": "off"}, False, "may be taken for it"),
+        ({"few_images": 0}, False, ""),
+    ],
+)
+def test_few_images_are_looked_at_so_and_said(tagged, tmp_path, values, monkeypatch, caplog, options, looked, told):
+    given = []
+    fit = training.token_stage.fit_tokens
+    monkeypatch.setattr(training.token_stage, "fit_tokens", lambda *rest: given.append(rest[-1]) or fit(*rest))
+    caplog.set_level("WARNING")
+    train(tagged, tmp_path / "run", values | {"method": {"name": "tags", "cams": TOKENS | options}})
+    assert (given[0] is not None) is looked
+    assert ("images a class (median) are few" in caplog.text) is bool(told)
+    assert told in caplog.text
+
+
 def test_fitted_classifiers_are_kept(tagged, tmp_path, values, monkeypatch):
     values["method"] = {"name": "tags", "cams": TOKENS}
     folder = tmp_path / "run"

@@ -94,6 +94,17 @@ def test_torch_itself_loads_weights_only(tmp_path, color_card, monkeypatch):
     assert not target.exists()
 
 
+def test_a_training_state_is_told_from_files_of_other_origin(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "wsss-deploy-training-state", "module": {"weight": torch.zeros(2)}}, path)
+    for read in (read_card, load_model):
+        with pytest.raises(ArtifactError, match=r"checkpoint\.pt: is the training state of a run.*use the run's model"):
+            read(path)
+    torch.save({"format": "somebody's", "module": {"weight": torch.zeros(2)}}, path)
+    with pytest.raises(ArtifactError, match="other origin: found the keys format, module"):
+        read_card(path)
+
+
 def test_pickle_with_a_giant_memo_index_costs_no_memory(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as archive:

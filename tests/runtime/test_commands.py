@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss_deploy.cli import doctor, predict
+from wsss_deploy.artifact import KNOWN_SUFFIXES
+from wsss_deploy.cli import bench, doctor, predict
 from wsss_deploy.cli.output_names import output_names
 from wsss_deploy.errors import ImageError
 from wsss_deploy.image_files import find_images
@@ -87,6 +88,27 @@ def test_one_bad_image_does_not_stop_the_others(folder, tmp_path, color_onnx, ca
     assert [os.path.basename(item["image"]) for item in record["failed"]] == [
         "absent.jpg", "a1_cut.png", "a2_empty.png",
     ]  # fmt: skip
+
+
+def test_where_nothing_was_segmented_the_errors_stand_alone(tmp_path, color_onnx, capsys):
+    options = ("--model", color_onnx, "--out", tmp_path / "out")
+    status, text, errors = call(predict, capsys, tmp_path / "one.jpg", *options)
+    assert (status, text) == (1, "")
+    assert errors.startswith(f"wsss-predict: {tmp_path / 'one.jpg'}: no such image file")
+    assert len(errors.splitlines()) == 1
+    status, text, errors = call(predict, capsys, tmp_path / "one.jpg", tmp_path / "two.jpg", *options)
+    assert (status, text) == (1, "")
+    assert errors.splitlines()[2] == "wsss-predict: 2 of 2 images could not be segmented"
+    status, text, _ = call(predict, capsys, tmp_path / "one.jpg", *options, "--json")
+    assert status == 1
+    assert len(json.loads(text)["failed"]) == 1
+
+
+@pytest.mark.parametrize("command", [bench, doctor, predict])
+def test_help_names_every_kind_of_model_file(command, capsys):
+    status, text, _ = call(command, capsys, "--help")
+    assert status == 0
+    assert all(f"model{suffix}" in text for suffix in KNOWN_SUFFIXES)
 
 
 def test_equal_names_get_different_results(folder, tmp_path, color_onnx, picture, capsys):

@@ -13,7 +13,7 @@ from wsss_deploy.artifact import check_path
 from wsss_deploy.backends import check_device_name
 from wsss_deploy.bench.measure import Case, measure_apart
 from wsss_deploy.bench.report import CEILINGS, FLOORS, markdown, read_limits, short_names, violations
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.environment import describe_environment
 from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.files import atomic_write
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "examples:\n  wsss-bench model.pt model.onnx --size 256 --size 512\n"
         "  wsss-bench model.onnx --data DATA --images 50 --floor miou=0.6 --ceiling p95_ms=300 --json bench.json",
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="model.pt, model.onnx or model.engine")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_FILES)
     parser.add_argument("--device", action="append", metavar="D", help="auto, cpu, cuda or cuda:N; may be repeated")
     parser.add_argument(
         "--size",

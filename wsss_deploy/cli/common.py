@@ -12,6 +12,13 @@ from typing import NoReturn
 
 from wsss_deploy.errors import WsssError
 
+#: What every command takes that runs a model; not a list of suffixes, since `model.pt` is how a user knows the file.
+MODEL_FILES = "model.pt, model.onnx, model.engine or model.xml"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM where the work can be gone on with; its text says how."""
+
 
 def seed_number(text: str) -> int:
     """The type of `--seed`: a whole number from 0 to 2^32 - 1."""
@@ -73,10 +80,11 @@ def run_command(
             raise
         sys.stderr.write(f"{parser.prog}: {error}\n")
         status = error.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         if arguments.debug:
             raise
-        sys.stderr.write(f"{parser.prog}: interrupted\n")
+        advice = f"; {interruption}" if isinstance(interruption, Interrupted) else ""
+        sys.stderr.write(f"{parser.prog}: interrupted{advice}\n")
         status = 130
     except BrokenPipeError:
         # The reader (head, less) has gone; nothing more can be said to it, not even at interpreter exit.

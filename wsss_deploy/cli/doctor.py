@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends import RUNTIMES, can_run, import_runtime
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.cli.file_checks import Check, check_file
 from wsss_deploy.environment import cpu_threads, package_versions, query_gpus
 from wsss_deploy.errors import ArtifactError
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "Show versions, which runtimes can run here and on which devices; with a model, also what it is and where it "
         "really runs.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="model.pt, model.onnx or model.engine")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_FILES)
     parser.add_argument("--device", default="auto", help="for MODEL: auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     run_command(parser, _doctor, argv)

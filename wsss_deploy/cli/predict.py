@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from wsss_deploy.artifact import read_card
-from wsss_deploy.cli.common import ArgumentParser, run_command
+from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.cli.output_names import output_names, replaceable
 from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
 from wsss_deploy.files import atomic_write
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "An image that cannot be used is reported at the end and does not stop the others; the exit status is then 1.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or quoted patterns")
-    parser.add_argument("--model", required=True, metavar="FILE", help="model.pt or model.onnx")
+    parser.add_argument("--model", required=True, metavar="FILE", help=MODEL_FILES)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
@@ -117,7 +117,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     text = json.dumps(record, indent=2) + "\n"
     with atomic_write(out / RECORD) as file:
         file.write(text.encode())
-    sys.stdout.write(text if arguments.json else _report(record, out))
+    if arguments.json or done:
+        sys.stdout.write(text if arguments.json else _report(record, out))
     return _tell(failed, len(images))
 
 
@@ -158,7 +159,8 @@ def _predict_on_ray(arguments: argparse.Namespace) -> int:
     with atomic_write(out / RECORD) as file:
         file.write(text.encode())
     count = len(found["images"])
-    sys.stdout.write(text if arguments.json else f"{count} segmented on the cluster; results in {out}\n")
+    if arguments.json or count:
+        sys.stdout.write(text if arguments.json else f"{count} segmented on the cluster; results in {out}\n")
     return _tell(found["failed"], count + len(found["failed"]))
 
 
@@ -180,7 +182,7 @@ def _tell(failed: Sequence[dict[str, str]], total: int) -> int:
     """Exit status, after a line for each image that failed."""
     for failure in failed:
         sys.stderr.write(f"wsss-predict: {failure['error']}\n")
-    if failed:
+    if failed and total > 1:  # of a single image, the line above has said it
         sys.stderr.write(f"wsss-predict: {len(failed)} of {total} images could not be segmented\n")
     return 1 if failed else 0
 
