@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_purity RUN ... --data DATA
 
 RUN is a finished run folder of `wsss-train --method dfr`, whose checkpoint holds network and head as the last step left
-them. Crops of training images with masks, as the run takes them; the loss's own resolution and window. Only pixels
-count that have another class in their window.
+them. Crops of training images with masks, as the run takes them; the loss's own resolution and window. Only pairs
+count of which one pixel or both have another class in their window.
 
 Purity is the kernel's weight between pixels of one class over all its weight; kept is what the kernel leaves of the
 position term's weight between pixels of one class, and between pixels of two. Without a kernel's help purity is
@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,17 +84,29 @@ def crops(recipe: Recipe, card: ModelCard, data: Path, images: int, seed: int) -
         yield Batch(**stacked | {"image": (stacked["image"] - mean) / std})
 
 
+def combined(method: DFR, squares: dict[str, Tensor]) -> Tensor:
+    """The run's kernel without its position term, from squared distances by modality."""
+    terms = []
+    for kernel in method._kernels(True):
+        exponent = sum(squares[name] / (2 * sigma**2) for name, sigma in kernel.sigmas.items() if name != "xy")
+        terms.append(kernel.weight * torch.exp(-torch.as_tensor(exponent)))
+    return torch.stack(terms).sum(0)
+
+
 @torch.no_grad()
 def measure(
-    network: SegmentationNetwork, head: torch.nn.Module | None, card: ModelCard, recipe: Recipe, data: Path, images: int
+    network: SegmentationNetwork, method: DFR, card: ModelCard, recipe: Recipe, data: Path, images: int
 ) -> dict[str, dict[str, float]]:
-    """Rows by kernel."""
-    settings: Any = recipe.method
+    """Rows by kernel; the last is the run's own."""
+    settings, head = method.settings, method.head
+    if settings.features == "decoder":
+        raise SystemExit("features of a decoder are not looked at; expected method.features: stages or last")
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     found: dict[str, Sums] = {}
     for batch in crops(recipe, card, data, images, seed=0):
         size = tuple(side // settings.stride for side in batch.image.shape[-2:])
         levels = network.forward_features(batch.image)
+        levels = levels[-1:] if settings.features == "last" else levels
         features = {"encoder maps": F.normalize(plain_features(levels, size), dim=1)}
         if head is not None:
             features["head"] = F.normalize(head(levels, size).float(), dim=1, eps=1e-12)
@@ -115,21 +126,21 @@ def measure(
             weights = {"position alone": torch.ones_like(colour)}
             for sigma in SIGMAS_RGB:
                 weights[f"colour, sigma {sigma}"] = torch.exp(-colour / (2 * sigma**2))
-            shallow = torch.exp(-colour / (2 * settings.rgb**2))
             for name, maps in features.items():
                 distance = (pairs(maps, dy, dx)[0] - pairs(maps, dy, dx)[1]).square().sum(1)
                 for sigma in SIGMAS_DEEP:
                     weights[f"{name}, sigma {sigma}"] = torch.exp(-distance / (2 * sigma**2))
-                deep = torch.exp(-distance / (2 * settings.feature**2))
-                weights[f"colour + {name}, as trained"] = shallow + deep
-                weights[f"colour x {name}"] = shallow * deep
+                together = colour / (2 * settings.rgb**2) + distance / (2 * settings.feature**2)
+                weights[f"colour x {name}"] = torch.exp(-together)
+                # Of the run's own features, which come last.
+                weights["as trained"] = combined(method, {"rgb": colour, "feat": distance})
             for name, weight in weights.items():
                 found.setdefault(name, Sums()).add(weight, position, same, counted)
     return {name: sums.row() for name, sums in found.items()}
 
 
-def opened(folder: Path) -> tuple[SegmentationNetwork, torch.nn.Module | None, ModelCard, Recipe]:
-    """Network, head (None without one), card and recipe of a run."""
+def opened(folder: Path) -> tuple[SegmentationNetwork, DFR, ModelCard, Recipe]:
+    """Network, method, card and recipe of a run."""
     card, state = load_model(folder / "model.pt")
     recipe = Recipe.model_validate(read_recipe(folder / RECIPE))
     network = restore_network(card, state, str(folder))
@@ -142,7 +153,7 @@ def opened(folder: Path) -> tuple[SegmentationNetwork, torch.nn.Module | None, M
     saved = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)["module"]
     for module, prefix in ((network, "network."), (method, "method.")):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
-    return network.eval(), None if method.head is None else method.head.eval(), card, recipe
+    return network.eval(), method.eval(), card, recipe
 
 
 def main() -> int:
@@ -154,8 +165,8 @@ def main() -> int:
     options = parser.parse_args()
     everything = {}
     for folder in options.runs:
-        network, head, card, recipe = opened(folder)
-        rows = everything[str(folder.name)] = measure(network, head, card, recipe, options.data, options.images)
+        network, method, card, recipe = opened(folder)
+        rows = everything[str(folder.name)] = measure(network, method, card, recipe, options.data, options.images)
         print(f"\n{folder.name}\n\n| kernel | purity | kept within a class | kept between classes |\n|---|---|---|---|")
         for name, row in rows.items():
             print(f"| {name} | {100 * row['purity']:.1f} % | {row['within']:.2f} | {row['between']:.2f} |", flush=True)

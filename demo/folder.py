@@ -238,7 +238,7 @@ class AnnotatedFolder:
             there = _revision(self.labels(name, kind, labels.shape))
             if there != revision and there != _revision(labels):
                 raise Conflict("these labels were changed elsewhere, their newer state is shown")
-            if (labels != IGNORE_INDEX).any() or (kind == "points" and name in self._json("points.json")):
+            if (labels != IGNORE_INDEX).any() or (kind == "points" and name in self._by_image("points.json")):
                 image = Image.fromarray(labels)
                 image.putpalette(palette_bytes(self.palette))
                 write_png(file, image)
@@ -254,7 +254,7 @@ class AnnotatedFolder:
     def tags(self, name: str) -> list[int]:
         """Class ids that are ticked for an image."""
         classes = self.classes
-        listed = self._json("tags.json").get(name, [])
+        listed = self._by_image("tags.json").get(name, [])
         ids = [classes.index(tag) if tag in classes else tag for tag in (listed if isinstance(listed, list) else [])]
         return sorted({tag for tag in ids if type(tag) is int and 0 <= tag < len(classes)})
 
@@ -274,8 +274,9 @@ class AnnotatedFolder:
         if not isinstance(tags, list) or not all(type(tag) is int and tag in allowed for tag in tags):
             raise DataError("unknown tag; reload the page")
         with self._lock:
-            content = self._json("tags.json")
-            content.pop(name, None)
+            content = {
+                entry: value for entry, value in self._json("tags.json").items() if self._image_of(entry) != name
+            }
             if tags:
                 content[name] = sorted(set(tags))
             with atomic_write(self.root / "tags.json") as file:
@@ -299,7 +300,7 @@ class AnnotatedFolder:
     def _labelled_in(self, folders: Sequence[str]) -> frozenset[str]:
         """Images that have labels in one of these folders, tags, or listed points."""
         found = {path.stem for folder in folders for path in (self.root / folder).glob("*.png")}
-        found.update(self._json("tags.json"), self._json("points.json"))
+        found.update(*(map(self._image_of, self._json(file)) for file in ("tags.json", "points.json")))
         return frozenset(found & self._images.keys())
 
     def _label_file(self, name: str, kind: str) -> Path:
@@ -321,13 +322,31 @@ class AnnotatedFolder:
             raise DataError(f"{file}: is no readable JSON; repair or remove it") from error
         if not isinstance(content, dict):
             raise DataError(f"{file}: expected an object from image name to labels; repair or remove it")
-        # By file name, as `wsss-train` takes it, too; written again, it is the plain name.
-        names = {path.name: name for name, path in self._images.items() if path.name not in self._images}
-        return {names.get(entry, entry): value for entry, value in content.items()}
+        return content
+
+    def _by_image(self, file: str) -> dict[str, Any]:
+        """Entries of a JSON file by the image that they mean, as `wsss-train` takes them: with its ending or without.
+
+        Raises:
+            DataError: Two mean the same image.
+        """
+        entries: dict[str, Any] = {}
+        for entry, value in self._json(file).items():
+            name = self._image_of(entry)
+            if name in entries:
+                raise DataError(f"{file}: has more than one entry for the image '{name}'; keep one")
+            entries[name] = value
+        return entries
+
+    def _image_of(self, entry: str) -> str:
+        path = Path(entry)
+        if entry in self._images or path.parent.as_posix() not in (".", "images"):
+            return entry
+        return path.stem if path.suffix.lower() in Image.registered_extensions() else path.name
 
     def _listed_points(self, name: str, size: tuple[int, int]) -> Labels:
         labels = np.full(size, IGNORE_INDEX, np.uint8)
-        listed = self._json("points.json").get(name, [])
+        listed = self._by_image("points.json").get(name, [])
         for point in listed if isinstance(listed, list) else []:
             try:
                 x, y, index = int(point["x"]), int(point["y"]), _class_id(point["cls"], self.classes)

@@ -171,7 +171,7 @@ def _resumable(arguments: argparse.Namespace, recipe: Recipe) -> bool:
     saved = arguments.out / RECIPE
     if not saved.is_file() or (arguments.out / MODEL).exists():
         return False
-    return bool(arguments.resume) or saved.read_text(encoding="utf-8") == dump_recipe(recipe)
+    return saved.read_text(encoding="utf-8") == dump_recipe(recipe)
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:

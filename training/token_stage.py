@@ -111,7 +111,7 @@ def fitted_tokens(
     file = stage / "tokens.partial"
     few = known is None and images_per_class(may) < settings.few_images
     objectness = None
-    if few and settings.objectness == "auto" and Objectness.is_known(encoder):
+    if few and settings.objectness == "auto" and settings.rounds and Objectness.is_known(encoder):
         objectness = Objectness(encoder)
     if few:
         _log.warning(_FEW, images_per_class(may), _ALONE if objectness is None else _HELPED)

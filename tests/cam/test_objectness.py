@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from training.cam.head import depth_index, encode
 from training.cam.objectness import DEPTH, Objectness
-from training.cam.tokens import TokenCams, fit_tokens, images_per_class
+from training.cam.tokens import TokenCams, _object_seeds, collect_tokens, fit_tokens, images_per_class
 from training.methods.tag_settings import TokenSettings
 from wsss_deploy.networks.encoder import Encoder
 
@@ -45,6 +45,17 @@ def test_it_is_the_class_tokens_attention_and_the_middle(encoder, monkeypatch):
 )
 def test_which_encoders_have_it(name, known):
     assert Objectness.is_known(Encoder(name)) is known
+
+
+def test_maps_of_an_earlier_depth_come_with_it(encoder, tmp_path):
+    views = [torch.randn(1, 3, 32, 48), torch.randn(1, 3, 48, 32)]
+    first = depth_index(encoder, 0.1)
+    with Objectness(encoder) as objectness:
+        assert first < objectness.index
+        tokens = collect_tokens(tmp_path / "tokens", encoder, first, views, 2, objectness)
+    assert [len(part) for part in objectness.maps] == [6, 6]
+    expected = collect_tokens(tmp_path / "again", encoder, first, views, 2)
+    assert all(torch.equal(tokens.image(index), expected.image(index)) for index in range(2))
 
 
 class Given:
@@ -103,6 +114,19 @@ def test_it_tells_an_object_from_what_is_always_around_it(encoder):
     looks = right(encoder, lambda truth: np.where(truth > 0, 1.0, -1.0).astype(np.float32))
     assert looks.min() > 0.95
     assert right(encoder, None).min() < 0.6, "images and tags alone cannot"
+
+
+def test_every_class_has_a_seed_in_each_of_its_images():
+    """Also where another one is all that looks like an object."""
+    layer = torch.nn.Linear(2, 2)
+    torch.nn.init.eye_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    rows = torch.zeros(36, 2)
+    rows[14:16, 0], rows[35, 1] = 3.0, 2.0
+    looks = np.where(rows[:, 0] > 0, 5.0, 0.0).astype(np.float32)
+    labels = _object_seeds(Given([rows]), lambda given: given, layer, torch.ones(1, 3, dtype=torch.bool), [looks])
+    assert (labels[14:16] == 1).all()
+    assert labels[35] == 2
 
 
 def test_images_per_class():

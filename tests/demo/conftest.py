@@ -140,9 +140,10 @@ class Visitor:
         self.visits += request.is_navigation_request()
 
     def _console(self, message) -> None:
-        # As below: gradio reports the streams and requests that a reload of the page ends.
-        ended = message.text.startswith(("AbortError: signal is aborted", "Unexpected error Connection errored out"))
-        if message.type == "error" and not (ended and self.visits > 1):
+        # As below: gradio reports the streams and requests that it ends itself, and those that a reload ends.
+        ended = message.text.startswith("AbortError: signal is aborted")
+        ended |= self.visits > 1 and message.text.startswith("Unexpected error Connection errored out")
+        if message.type == "error" and not ended:
             self.problems.append(f"console error: {message.text} {message.location}")
 
     def _failed(self, request) -> None:

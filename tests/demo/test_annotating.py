@@ -14,7 +14,8 @@ from PIL import Image
 from demo.annotating import Annotating
 from demo.folder import AnnotatedFolder, Conflict
 from demo.registry import Models
-from wsss_deploy.errors import ImageError
+from training.data.dataset import open_dataset
+from wsss_deploy.errors import DataError, ImageError
 
 WIDTH, HEIGHT = 30, 20
 
@@ -179,11 +180,23 @@ def test_images_that_come_later(data):
         folder.image("b")
 
 
-def test_tags_by_file_name_are_the_images(data):
+@pytest.mark.parametrize("entry", ["a", "a.png", "a.JPG", "images/a.png", "images/a"])
+def test_tags_by_file_name_are_the_images(data, entry):
     folder = AnnotatedFolder(data)
-    file = next((data / "images").iterdir())
-    (data / "tags.json").write_text(json.dumps({file.name: [1]}))
-    assert folder.tags(file.stem) == [1]
-    assert folder.labelled() == {file.stem}
-    folder.save_tags(file.stem, [1])
-    assert json.loads((data / "tags.json").read_text()) == {file.stem: [1]}, "not twice, which no reader takes"
+    (data / "tags.json").write_text(json.dumps({entry: [1], "gone.png": [1], "other/a.png": ["dog"]}))
+    assert folder.tags("a") == [1]
+    assert folder.labelled() == {"a"}
+    folder.save_tags("a", [1])
+    written = json.loads((data / "tags.json").read_text())
+    assert written == {"a": [1], "gone.png": [1], "other/a.png": ["dog"]}, "not twice, which no reader takes"
+    assert open_dataset(data).tags("a") == (1,)
+
+
+def test_two_entries_for_one_image_are_not_chosen_between(data):
+    folder = AnnotatedFolder(data)
+    content = {"a": [1], "a.png": []}
+    (data / "tags.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="more than one entry for the image 'a'; keep one"):
+        folder.tags("a")
+    folder.save_tags("b", [1])
+    assert json.loads((data / "tags.json").read_text()) == {**content, "b": [1]}, "both stay for the user to see"

@@ -275,6 +275,7 @@ def test_tokens_of_a_hierarchical_encoder(tagged, tmp_path, values, encoder):
         ({}, True, "what looks like an object"),
         ({"objectness": "off"}, False, "may be taken for it"),
         ({"few_images": 0}, False, ""),
+        ({"rounds": 0}, False, "may be taken for it"),
     ],
 )
 def test_few_images_are_looked_at_so_and_said(tagged, tmp_path, values, monkeypatch, caplog, options, looked, told):
@@ -689,6 +690,20 @@ def test_biases_take_no_part_in_the_cams_of_a_view():
         layer[0].bias.fill_(3.0)
         layer[1].bias.fill_(-50.0)
     torch.testing.assert_close(method.view_cams(net.encoder, image, maps, valid, tags), before, rtol=1e-3, atol=1e-4)
+
+
+def test_affinity_of_logits_that_are_scaled():
+    seen, losses = [], []
+    for logits in ("raw", "scaled"):
+        net = network()
+        method = tscd(net, affinity_logits=logits)
+        torch.nn.init.ones_(method.affinity.mix.weight)
+        method.affinity.register_forward_pre_hook(lambda head, given: seen.append(given[0]))
+        losses.append(method(net, batch(PRESENT), 0.5)["affinity"])
+    raw, scaled = seen
+    heads = net.encoder.model.blocks[-1].attn
+    torch.testing.assert_close(scaled, raw * heads.scale)
+    assert losses[0] != losses[1]
 
 
 def test_the_small_view_has_its_size():

@@ -26,17 +26,19 @@ DEPTH = 0.75
 class Objectness:
     """Records, for each image that the encoder sees, how much its positions look like an object.
 
-    Use as a context manager around forward passes of single images, with `add` after each.
+    Use as a context manager around forward passes of single images that reach block `index`, with `add` after each.
 
     Args:
         encoder: A plain ViT with a class token, see `is_known`.
 
     Attributes:
+        index: Of the block, as timm counts.
         maps: One array (positions,) an image, row by row: mean 0 over the image; larger where an object is likelier.
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self._layer: Any = attention_layers(encoder)[depth_index(encoder, DEPTH)]
+        self.index = depth_index(encoder, DEPTH)
+        self._layer: Any = attention_layers(encoder)[self.index]
         self._prefix = int(encoder.model.num_prefix_tokens)  # type: ignore[arg-type]
         self._seen: Tensor | None = None
         self._hook: Any = None

@@ -111,9 +111,11 @@ def collect_tokens(
     """
     sizes, channels = list[tuple[int, int]](), 0
     device = next(encoder.parameters()).device
+    # Encoding ends behind the last block that is asked for.
+    indices = [index] if objectness is None else [index, objectness.index]
     with path.open("wb") as file, torch.no_grad():
         for number, view in enumerate(views):
-            found = encode(encoder, view.to(device), [index])[index][0].float()
+            found = encode(encoder, view.to(device), indices)[index][0].float()
             channels = found.shape[0]
             rows = F.layer_norm(found.flatten(1).T, (channels,)).clamp(-_HALF_MAX, _HALF_MAX)
             sizes.append((found.shape[1], found.shape[2]))
@@ -426,6 +428,9 @@ def _object_seeds(
         target[order[len(order) - max(1, round(_OUTSIDE * len(order))) :]] = 0
         chosen = order[: max(1, round(_INSIDE * len(order)))]
         target[chosen] = kinds[best].numpy()[chosen] + 1
+        # Every class has a seed in each of its images, as without objectness: of two, one may be all that is likely.
+        for column, kind in enumerate(kinds.tolist()):
+            target[int(scores[:, column].argmax())] = kind + 1
     return labels
 
 

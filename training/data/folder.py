@@ -160,7 +160,11 @@ class FolderSource(FileSource):
             raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
         entries: dict[str, list[str]] = {}
         for entry in content:
-            entries.setdefault(self._image_name(entry), []).append(entry)
+            # Of other folders, an image of the same name may be another one.
+            folder = Path(entry).parent.as_posix()
+            name = self._image_name(Path(entry).name if folder == "images" else entry)
+            name = name if folder in (".", "images") else entry
+            entries.setdefault(name, []).append(entry)
         self._report_unknown(file, [entry for name in entries if name not in self._images for entry in entries[name]])
         repeated = [name for name in entries if name in self._images and len(entries[name]) > 1]
         if repeated:

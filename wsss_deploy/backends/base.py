@@ -21,7 +21,7 @@ class Output(NamedTuple):
 
     Attributes:
         scores: Class probabilities, float32 (N, C, H, W); refined where a refiner was given.
-        refinement_ms: Milliseconds that refining took.
+        refinement_ms: Milliseconds that refining took; at most those of the call where batches of it overlap.
     """
 
     scores: npt.NDArray[np.float32]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -109,6 +110,7 @@ class TensorRTBackend:
                     f"--shapes: {self._manifest.command}"
                 )
         batches = [images[start : start + most] for start in range(0, len(images), most)]
+        began = time.perf_counter()
         slots = [self._free.get()]
         with suppress(queue.Empty):  # another one makes copies overlap the network; who waits for it holds none
             while len(slots) < min(SLOTS, len(batches)):
@@ -130,7 +132,9 @@ class TensorRTBackend:
         ]
         if len(done) == 1:
             return done[0]
-        return np.concatenate([found for found, _ in done]), sum(spent for _, spent in done)
+        # Refinements of two slots share the GPU, and each of them has the other's time as well.
+        spent = min(sum(spent for _, spent in done), (time.perf_counter() - began) * 1e3)
+        return np.concatenate([found for found, _ in done]), spent
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""
