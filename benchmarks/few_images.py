@@ -25,7 +25,8 @@ from training.cam_stage import LABELS, add_pseudo_labels
 from training.data.dataset import open_dataset
 from training.run import resolve_recipe
 
-SETTINGS = {"with objectness (auto)": {}, "without": {"objectness": "off"}}
+# Whatever the number of images, "auto" then takes it.
+SETTINGS = {"with objectness": {"few_images": 1_000_000}, "without": {"objectness": "off"}}
 
 
 def part(whole: Path, out: Path, count: int, draw: int) -> Path:
@@ -48,7 +49,7 @@ def part(whole: Path, out: Path, count: int, draw: int) -> Path:
 
 def measure(options: argparse.Namespace, count: int, draw: int, name: str) -> dict:
     """One first stage, or its kept scores."""
-    folder = options.out / f"few-{count}-{draw}-{'off' if SETTINGS[name] else 'auto'}"
+    folder = options.out / f"few-{count}-{draw}-{'off' if name == 'without' else 'auto'}"
     record = folder / "scores.json"
     if not record.is_file():
         source = open_dataset(part(options.shared / "data" / "voc_animals", options.out, count, draw))
