@@ -71,7 +71,7 @@ def main() -> int:
         tap = AttentionTap(network.encoder)
         with tap:
             network.encoder(batch.image)
-        affinity = method.affinity(method._logits(tap))
+        affinity = method.affinity(tap.logits())
         tags = batch.tags[:, 1:]
         cams = method.classifier.cams(network.encoder, batch.image, tags)
         image, stride = byte_image(batch.image, card.preprocessing), network.encoder.reductions[-1]

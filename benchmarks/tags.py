@@ -64,12 +64,6 @@ ROWS = (
     # CAMs of these at one scale and its mirror, which single stages take in every step.
     Row("single", "tscd", (_ONE, "affinity_weight=0", "correspondence_weight=0", "consistency_weight=0")),
     Row("affinity", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0")),
-    Row("affinity-scaled", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0", "affinity_logits=scaled")),
-    Row(
-        "propagated-scaled",
-        "tscd",
-        (_ONE, "correspondence_weight=0", "consistency_weight=0", "affinity_logits=scaled", "propagation_start=0.3"),
-    ),
     Row("propagated", "tscd", (_ONE, "correspondence_weight=0", "consistency_weight=0", "propagation_start=0.3")),
     Row("scd", "tscd", (_ONE, "consistency_weight=0")),
     Row("scd-repaired", "tscd", (_ONE, "consistency_weight=0", "correspondence=repaired")),

@@ -692,20 +692,6 @@ def test_biases_take_no_part_in_the_cams_of_a_view():
     torch.testing.assert_close(method.view_cams(net.encoder, image, maps, valid, tags), before, rtol=1e-3, atol=1e-4)
 
 
-def test_affinity_of_logits_that_are_scaled():
-    seen, losses = [], []
-    for logits in ("raw", "scaled"):
-        net = network()
-        method = tscd(net, affinity_logits=logits)
-        torch.nn.init.ones_(method.affinity.mix.weight)
-        method.affinity.register_forward_pre_hook(lambda head, given: seen.append(given[0]))
-        losses.append(method(net, batch(PRESENT), 0.5)["affinity"])
-    raw, scaled = seen
-    heads = net.encoder.model.blocks[-1].attn
-    torch.testing.assert_close(scaled, raw * heads.scale)
-    assert losses[0] != losses[1]
-
-
 def test_the_small_view_has_its_size():
     sizes = []
     for share in (0.3, 0.75):

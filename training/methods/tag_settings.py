@@ -318,8 +318,6 @@ class TSCDSettings(_Strict):
         start: All terms but the classification act after this fraction of the training.
         segmentation_weight: Of the balanced cross-entropy against refined CAM labels.
         affinity_weight: Of the affinity loss; 0 turns it off (encoders without attention need that).
-        affinity_logits: "raw", as released, or "scaled" as attention itself scales them: those of a plain ViT are so
-            large that the affinity's sigmoid saturates and learns little (docs/results.md).
         affinity_radius: Half the window's side in cells of the attention's grid.
         propagation_start: After this fraction of the training, the segmentation's labels come from CAMs that are spread
             along the learnt affinity and then refined, as AFA has it (0.3); null is never, as TSCD has it.
@@ -339,7 +337,6 @@ class TSCDSettings(_Strict):
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1
     segmentation_weight: Weight = 0.1
     affinity_weight: Weight = 0.1
-    affinity_logits: Literal["raw", "scaled"] = "raw"
     affinity_radius: Annotated[int, Field(ge=1, le=64)] = 8
     propagation_start: Annotated[float, Field(ge=0, lt=1)] | None = None
     correspondence_weight: Weight = 0.1

@@ -84,7 +84,7 @@ class TSCD(Method):
         cams = self._cams(encoder, batch.image, tags)
         image = byte_image(batch.image.float(), self.preprocessing)
         labels = refined_labels(image, cams, tags, batch.valid, self.rule)
-        affinity = None if self.affinity is None or tap is None else self.affinity(self._logits(tap)[:own])
+        affinity = None if self.affinity is None or tap is None else self.affinity(tap.logits()[:own])
         stride = encoder.reductions[-1]
         grid = (batch.image.shape[-2] // stride, batch.image.shape[-1] // stride)
         targets, start = labels, self.settings.propagation_start
@@ -126,10 +126,6 @@ class TSCD(Method):
             loss = scale_consistency_loss(cams, small_cams, settings.consistency)
             terms["consistency"] = settings.consistency_weight * loss
         return terms
-
-    def _logits(self, tap: AttentionTap) -> Tensor:
-        logits = tap.logits()
-        return logits * tap.scale if self.settings.affinity_logits == "scaled" else logits
 
     def _maps(self, encoder: Encoder, image: Tensor) -> dict[int, Tensor]:
         """What decoder and classifier read."""
