@@ -101,7 +101,7 @@ class TokenSettings(_Strict):
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     calibration: CalibrationSettings | None = CalibrationSettings()
     objectness: Literal["auto", "off"] = "auto"
-    few_images: Annotated[int, Field(ge=0)] = 40
+    few_images: Annotated[int, Field(ge=0)] = 75
     images: bool = False
 
     @model_validator(mode="after")
