@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 from datetime import date
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.tags import linked_part
 from training.cam.scoring import score_labels
 from training.cam_stage import LABELS, add_pseudo_labels
 from training.data.dataset import open_dataset
@@ -30,21 +30,10 @@ SETTINGS = {"with objectness": {"few_images": 1_000_000}, "without": {"objectnes
 
 
 def part(whole: Path, out: Path, count: int, draw: int) -> Path:
-    """The data set with so many training images: links to its files and a shorter split, always the same."""
-    folder = out / f"{whole.name}_{count}_{draw}"
-    if not folder.is_dir():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "splits").mkdir(parents=True)
-        for path in whole.iterdir():
-            if path.name != "splits":
-                (partial / path.name).symlink_to(path.resolve())
-        names = sorted((whole / "splits" / "train.txt").read_text().split())
-        chosen = np.random.default_rng(draw).permutation(len(names))[:count]
-        (partial / "splits" / "train.txt").write_text("\n".join(sorted(names[index] for index in chosen)) + "\n")
-        shutil.copy(whole / "splits" / "val.txt", partial / "splits")
-        partial.rename(folder)
-    return folder
+    """The data set with so many training images, always the same."""
+    names = sorted((whole / "splits" / "train.txt").read_text().split())
+    chosen = np.random.default_rng(draw).permutation(len(names))[:count]
+    return linked_part(whole, out / f"{whole.name}_{count}_{draw}", sorted(names[index] for index in chosen))
 
 
 def measure(options: argparse.Namespace, count: int, draw: int, name: str) -> dict:

@@ -135,7 +135,13 @@ def data_folder(options: argparse.Namespace) -> Path:
     whole = options.shared / "data" / "voc_animals"
     if not options.long_tail:
         return whole
-    folder = options.out / "voc_animals_long_tail"
+    names = (whole / "splits" / "train.txt").read_text().split()
+    chosen = long_tail(names, json.loads((whole / "tags.json").read_text()))
+    return linked_part(whole, options.out / "voc_animals_long_tail", chosen)
+
+
+def linked_part(whole: Path, folder: Path, names: list[str]) -> Path:
+    """A data set whose training split has these names alone: links to the files of the whole one. Made once."""
     if not folder.is_dir():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -143,9 +149,7 @@ def data_folder(options: argparse.Namespace) -> Path:
         for path in whole.iterdir():
             if path.name != "splits":
                 (partial / path.name).symlink_to(path.resolve())
-        names = (whole / "splits" / "train.txt").read_text().split()
-        chosen = long_tail(names, json.loads((whole / "tags.json").read_text()))
-        (partial / "splits" / "train.txt").write_text("\n".join(chosen) + "\n")
+        (partial / "splits" / "train.txt").write_text("\n".join(names) + "\n")
         shutil.copy(whole / "splits" / "val.txt", partial / "splits")
         partial.rename(folder)
     return folder

@@ -22,7 +22,7 @@ from wsss_deploy.card import IGNORE_INDEX, palette_bytes
 from wsss_deploy.drawing import is_background
 from wsss_deploy.errors import DataError, ImageError, UsageError
 from wsss_deploy.files import atomic_write
-from wsss_deploy.image_files import find_images, read_palette
+from wsss_deploy.image_files import find_images, image_name, read_palette
 from wsss_deploy.images import image_size, load_image
 from wsss_deploy.segmentation import write_png
 
@@ -275,7 +275,9 @@ class AnnotatedFolder:
             raise DataError("unknown tag; reload the page")
         with self._lock:
             content = {
-                entry: value for entry, value in self._json("tags.json").items() if self._image_of(entry) != name
+                entry: value
+                for entry, value in self._json("tags.json").items()
+                if image_name(entry, self._images) != name
             }
             if tags:
                 content[name] = sorted(set(tags))
@@ -300,7 +302,8 @@ class AnnotatedFolder:
     def _labelled_in(self, folders: Sequence[str]) -> frozenset[str]:
         """Images that have labels in one of these folders, tags, or listed points."""
         found = {path.stem for folder in folders for path in (self.root / folder).glob("*.png")}
-        found.update(*(map(self._image_of, self._json(file)) for file in ("tags.json", "points.json")))
+        for file in ("tags.json", "points.json"):
+            found.update(image_name(entry, self._images) for entry in self._json(file))
         return frozenset(found & self._images.keys())
 
     def _label_file(self, name: str, kind: str) -> Path:
@@ -332,17 +335,11 @@ class AnnotatedFolder:
         """
         entries: dict[str, Any] = {}
         for entry, value in self._json(file).items():
-            name = self._image_of(entry)
+            name = image_name(entry, self._images)
             if name in entries:
                 raise DataError(f"{file}: has more than one entry for the image '{name}'; keep one")
             entries[name] = value
         return entries
-
-    def _image_of(self, entry: str) -> str:
-        path = Path(entry)
-        if entry in self._images or path.parent.as_posix() not in (".", "images"):
-            return entry
-        return path.stem if path.suffix.lower() in Image.registered_extensions() else path.name
 
     def _listed_points(self, name: str, size: tuple[int, int]) -> Labels:
         labels = np.full(size, IGNORE_INDEX, np.uint8)

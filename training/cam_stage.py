@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.cam.artifact import NO_CAMS, save_cams
+from training.cam.artifact import save_cams
 from training.cam.head import freeze
 from training.cam.labels import presence, refined_labels, sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
@@ -87,8 +87,7 @@ def add_pseudo_labels(
     encoder, method = trained_classifier(recipe, source, folder, show)
     if card is not None:
         depth = 1.0 if isinstance(settings.cams, SharedFeatureSettings) else settings.cams.depth
-        if not save_cams(folder / CAMS, card, encoder, method.head, depth):
-            _log.warning(NO_CAMS, CAMS)
+        save_cams(folder / CAMS, card, encoder, method.head, depth)
     rule = label_rule(settings.labels)
     make = sure_labels if method.knows_background else refined_labels
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.cam.artifact import NO_CAMS, save_cams
+from training.cam.artifact import save_cams
 from training.cam.pseudo_labels import PseudoLabelSource
 from training.cam_stage import STAGE, add_pseudo_labels, build_cam_method, check_stage, stage_maps
 from training.data.dataset import DataSource, has_background
@@ -218,8 +218,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     trained = trainer.run(resume, show)
     if isinstance(method, TSCD):
         depth = getattr(method.settings.cams, "depth", 1.0)
-        if not save_cams(folder / CAMS, card, network.encoder, method.classifier.head, depth):
-            _log.warning(NO_CAMS, CAMS)
+        save_cams(folder / CAMS, card, network.encoder, method.classifier.head, depth)
     protocol = _protocol(recipe, source, dataset, simulated, trained)
     if isinstance(dataset.source, PseudoLabelSource) and isinstance(recipe.method, SparseSettings):
         carried_on = f"carried on before the training, which then was {settings.name}"

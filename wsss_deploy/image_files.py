@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -40,6 +40,23 @@ def find_images(patterns: Sequence[str | os.PathLike[str]]) -> list[Path]:
         for file in files:
             found.setdefault(Path(os.path.abspath(file)), file)
     return list(found.values())
+
+
+def image_name(entry: str, known: Collection[str]) -> str:
+    """The image that an entry of a list of labels means: by its name, its file's name, or that below images/.
+
+    Args:
+        entry: As somebody wrote it.
+        known: Names of the images. A name may hold dots of its own, so they go before any ending.
+
+    Returns:
+        A name, of `known` or not. An entry of another folder stays as it is: its image may be another one.
+    """
+    path = Path(entry)
+    if entry in known or path.parent.as_posix() not in (".", "images"):
+        return entry
+    is_file = path.name not in known and path.suffix.lower() in Image.registered_extensions()
+    return path.stem if is_file else path.name
 
 
 def _expand(pattern: str) -> list[Path]:

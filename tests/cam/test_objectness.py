@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from training.cam.head import depth_index, encode
 from training.cam.objectness import DEPTH, Objectness
-from training.cam.tokens import TokenCams, _object_seeds, collect_tokens, fit_tokens, images_per_class
+from training.cam.tokens import TokenCams, Tokens, _object_seeds, collect_tokens, fit_tokens, images_per_class
 from training.methods.tag_settings import TokenSettings
 from wsss_deploy.networks.encoder import Encoder
 
@@ -58,25 +58,11 @@ def test_maps_of_an_earlier_depth_come_with_it(encoder, tmp_path):
     assert all(torch.equal(tokens.image(index), expected.image(index)) for index in range(2))
 
 
-class Given:
-    """Stands for tokens on disk."""
-
-    def __init__(self, scenes):
-        self._images, self._rows = scenes, torch.cat(scenes)
-        self.sizes = [(6, 6)] * len(scenes)
-        self.starts = np.cumsum([0, *map(len, scenes)])
-
-    def __len__(self):
-        return len(self._images)
-
-    def image(self, index):
-        return self._images[index]
-
-    def rows(self, indices):
-        return self._rows[indices]
-
-    def moments(self):
-        return self._rows.mean(0), self._rows.std(0)
+def stored(folder, scenes, size=(6, 6)):
+    """Tokens of scenes on disk."""
+    path = folder / "tokens"
+    path.write_bytes(torch.cat(scenes).half().numpy().tobytes())
+    return Tokens(path, [size] * len(scenes), scenes[0].shape[1])
 
 
 def carpets(count=48):
@@ -94,12 +80,12 @@ def carpets(count=48):
     return scenes, truths, may
 
 
-def right(encoder, objectness):
+def right(encoder, folder, objectness):
     """Parts of the objects and of the background that the fitted classifier finds."""
     scenes, truths, may = carpets()
     model = TokenCams(TokenSettings(depth=1.0, iterations=300, learning_rate=0.01), encoder, 3)
     maps = None if objectness is None else [objectness(truth) for truth in truths]
-    fit_tokens(model, Given(scenes), may, seed=0, objectness=maps)
+    fit_tokens(model, stored(folder, scenes), may, seed=0, objectness=maps)
     normalise, classifier = model.head.layers
     hits = []
     with torch.no_grad():
@@ -110,13 +96,13 @@ def right(encoder, objectness):
     return np.mean(hits, axis=0)
 
 
-def test_it_tells_an_object_from_what_is_always_around_it(encoder):
-    looks = right(encoder, lambda truth: np.where(truth > 0, 1.0, -1.0).astype(np.float32))
+def test_it_tells_an_object_from_what_is_always_around_it(encoder, tmp_path):
+    looks = right(encoder, tmp_path, lambda truth: np.where(truth > 0, 1.0, -1.0).astype(np.float32))
     assert looks.min() > 0.95
-    assert right(encoder, None).min() < 0.6, "images and tags alone cannot"
+    assert right(encoder, tmp_path, None).min() < 0.6, "images and tags alone cannot"
 
 
-def test_every_class_has_a_seed_in_each_of_its_images():
+def test_every_class_has_a_seed_in_each_of_its_images(tmp_path):
     """Also where another one is all that looks like an object."""
     layer = torch.nn.Linear(2, 2)
     torch.nn.init.eye_(layer.weight)
@@ -124,7 +110,9 @@ def test_every_class_has_a_seed_in_each_of_its_images():
     rows = torch.zeros(36, 2)
     rows[14:16, 0], rows[35, 1] = 3.0, 2.0
     looks = np.where(rows[:, 0] > 0, 5.0, 0.0).astype(np.float32)
-    labels = _object_seeds(Given([rows]), lambda given: given, layer, torch.ones(1, 3, dtype=torch.bool), [looks])
+    labels = _object_seeds(
+        stored(tmp_path, [rows]), lambda given: given, layer, torch.ones(1, 3, dtype=torch.bool), [looks]
+    )
     assert (labels[14:16] == 1).all()
     assert labels[35] == 2
 

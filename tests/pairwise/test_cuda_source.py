@@ -6,11 +6,13 @@ import ctypes
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from wsss_deploy.pairwise import numpy_form
+from wsss_deploy.pairwise import PairwiseParameters, numpy_form
 from wsss_deploy.pairwise.cuda_guide import KERNEL, guide_source
 from wsss_deploy.pairwise.cuda_source import KERNELS, compile_program, ptx, source
 
@@ -56,6 +58,31 @@ def test_nvrtc_compiles_and_assembles_it(case, storage, nvrtc):
         pointers = {"wsss_pairwise_affinity": 1, "wsss_pairwise_step": 2, "wsss_pairwise_mean_field_step": 3}[name]
         # TensorRT's order: inputs, int32 sizes, output.
         assert kinds == ["u64"] * pointers + ["u32"] * 4 + ["u64"]
+
+
+def registers(code, folder):
+    """Registers and bytes of stack of a thread of the step."""
+    spec = find_spec("triton")
+    tools = sorted(Path(spec.submodule_search_locations[0]).glob("backends/nvidia/bin/cuobjdump")) if spec else []
+    if not tools:
+        pytest.skip("needs cuobjdump, which triton brings along")
+    (folder / "program.cubin").write_bytes(code)
+    told = subprocess.run(
+        [str(tools[0]), "-res-usage", str(folder / "program.cubin")], check=True, capture_output=True, text=True
+    ).stdout
+    return tuple(map(int, re.search(r"wsss_pairwise_step:\s+REG:(\d+) STACK:(\d+)", told).groups()))
+
+
+def test_five_blocks_of_the_step_fit_a_multiprocessor(nvrtc, tmp_path):
+    """65536 registers for 5 blocks of 128 threads; without the bound one block less would fit."""
+    text = source(PairwiseParameters())
+    most = 65536 // (5 * 128)
+    used, stack = registers(compile_program(text, "pairwise.cu", "sm_90"), tmp_path)
+    assert used <= most
+    assert stack <= 64, "next to nothing is spilled"
+    unbound = text.replace("__launch_bounds__(WSSS_BLOCK, 5)", "")
+    assert unbound != text
+    assert registers(compile_program(unbound, "pairwise.cu", "sm_90"), tmp_path)[0] > most
 
 
 @pytest.mark.parametrize("kind", ["rgb", "opponent"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from wsss_deploy.artifact import save_model
 from wsss_deploy.card import ModelCard
 from wsss_deploy.networks.encoder import Encoder
 
-#: What the log says where `save_cams` cannot.
-NO_CAMS = "%s: not written, as this encoder cannot be cut behind the map of the classifier"
+_log = logging.getLogger(__name__)
 
 
 def save_cams(path: Path, card: ModelCard, encoder: Encoder, head: nn.Module, depth: float) -> bool:
@@ -35,16 +35,19 @@ def save_cams(path: Path, card: ModelCard, encoder: Encoder, head: nn.Module, de
 
     Returns:
         Whether it was written; not if the map lies before the last stage of an encoder that cannot be cut there, nor
-        of an `OddsHead` with more classes than channels.
+        of an `OddsHead` with more classes than channels. The log says why.
     """
     options: dict[str, Any] = dict(card.architecture.encoder_options)
     last = max(encoder.indices)
     if isinstance(head, OddsHead) and head.layers[1].out_channels > head.layers[1].in_channels:
-        return False  # its bias would not fit into the norm's, see below
+        # Its bias would not fit into the norm's, see below.
+        _log.warning("%s: not written, as there are more classes than channels of the encoder", path.name)
+        return False
     decoder, index, tensors = _classifier(head, encoder, depth, last)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if index != last:
         if not hasattr(encoder.model, "blocks") or len(set(encoder.reductions)) > 1:
+            _log.warning("%s: not written, as this encoder cannot be cut behind the map of the classifier", path.name)
             return False
         options["depth"] = index + 1  # a plain ViT without the blocks behind the map
         behind = tuple(f"encoder.model.blocks.{number}." for number in range(index + 1, last + 1))

@@ -2,7 +2,7 @@
 
 From a few images a classifier of images learns what happens to be in them, the carpet of three cats as well as the
 cats. What an encoder's class token looks at, and that people put what they photograph into the middle, is known
-before. Either alone says little, both together much (`benchmarks/few_images.py`).
+before. What seeds chosen by both together bring: `benchmarks/few_images.py`.
 """
 
 from __future__ import annotations

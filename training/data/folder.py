@@ -27,7 +27,7 @@ from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, rea
 from training.data.unread import UnreadFiles
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
-from wsss_deploy.image_files import read_palette
+from wsss_deploy.image_files import image_name, read_palette
 
 # What people name the file of the tags, by the name's two halves; None stands for any ending.
 _TAG_FILES: dict[str, frozenset[str] | None] = {
@@ -160,11 +160,7 @@ class FolderSource(FileSource):
             raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
         entries: dict[str, list[str]] = {}
         for entry in content:
-            # Of other folders, an image of the same name may be another one.
-            folder = Path(entry).parent.as_posix()
-            name = self._image_name(Path(entry).name if folder == "images" else entry)
-            name = name if folder in (".", "images") else entry
-            entries.setdefault(name, []).append(entry)
+            entries.setdefault(image_name(entry, self._images), []).append(entry)
         self._report_unknown(file, [entry for name in entries if name not in self._images for entry in entries[name]])
         repeated = [name for name in entries if name in self._images and len(entries[name]) > 1]
         if repeated:
@@ -200,7 +196,7 @@ class FolderSource(FileSource):
         return splits or {"train": tuple(self._images)}
 
     def _image_name(self, entry: str) -> str:
-        """The image that an entry of a list or JSON file means, by name or by file name."""
+        """The image that a line of a split means, by name or by file name in whatever folder."""
         # A name may hold dots of its own, so the plain name goes first; the file of a subfolder is another image.
         if entry in self._images or self._unread.is_nested(entry):
             return entry

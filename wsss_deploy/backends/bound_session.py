@@ -102,7 +102,7 @@ class BoundSession:
                 self.session.run_with_iobinding(binding)
 
             try:
-                return self._lane.run(images, output, shape, self._types[output], launch, there)
+                return self._lane.start(images, output, shape, self._types[output], launch, there)()
             except Exception as error:
                 self._lane.failed(error)
                 raise

@@ -38,18 +38,6 @@ class DeviceLane:
         self.buffers = Buffers(layer)
         self.refinement = DeviceRefinement(layer, index, self._stream, obstacles)
 
-    def run(
-        self,
-        images: npt.NDArray[np.uint8],
-        output: str,
-        shape: tuple[int, ...],
-        dtype: npt.DTypeLike,
-        launch: Callable[[int, int], None],
-        refiner: Refiner | None,
-    ) -> tuple[npt.NDArray[Any], float | None]:
-        """What `start` puts into the stream, done; arguments and errors as there."""
-        return self.start(images, output, shape, dtype, launch, refiner)()
-
     def start(
         self,
         images: npt.NDArray[np.uint8],

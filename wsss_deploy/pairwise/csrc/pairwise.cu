@@ -321,7 +321,7 @@ __device__ void step_of_groups(const Storage* masks, const Storage* weights, int
 }
 }  // namespace
 
-// Five blocks a multiprocessor: without a bound the compiler asks for so many loads at once that two fill its registers.
+// Five blocks a multiprocessor: without a bound the compiler takes some registers too many for the fifth.
 extern "C" __global__ void __launch_bounds__(WSSS_BLOCK, 5)
     wsss_pairwise_step(const Storage* __restrict__ masks, const Storage* __restrict__ weights, int batch, int channels,
                        int height, int width, Storage* __restrict__ out) {
