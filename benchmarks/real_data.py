@@ -69,6 +69,8 @@ SETTINGS = (
     Setting("voc-scribbles-default-teacher", "voc_animals", "scribbles", "gated_crf", extra=TEACHER),
     Setting("voc-scribbles-early-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *ABSENT, *EARLY)),
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
+    Setting("voc-scribbles-soft", "voc_animals", "scribbles", "soft_labels"),
+    Setting("camvid-scribbles-soft", "camvid", "scribbles", "soft_labels"),
     # DFR at stride 4: its kernel alone, its head alone, both. Points as `-gated` has them, without further sources.
     *(
         Setting(f"{prefix}-{suffix}", data, kind, "dfr", figure, (*options, *extra))
