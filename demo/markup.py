@@ -233,10 +233,17 @@ def run_status(run: RunStatus) -> str:
         "Network": run.settings.network,
         "Last message": run.note,
     }
+    if run.state == "training" and not run.iteration:
+        # Before the first step libraries are loaded and labels made of tags or points, which can take minutes.
+        steps = '<progress aria-label="Iterations"></progress> getting ready'
+    else:
+        steps = (
+            f'<progress max="{total}" value="{min(run.iteration, total)}" aria-label="Iterations"></progress> '
+            f"{run.iteration} of {total} iterations"
+        )
     return (
         f"<p{role}><strong>{escape(run.name)}</strong> {_STATES[run.state]}.</p>"
-        f'<p class="steps"><progress max="{total}" value="{min(run.iteration, total)}" '
-        f'aria-label="Iterations"></progress> {run.iteration} of {total} iterations</p>{pairs(details)}'
+        f'<p class="steps">{steps}</p>{pairs(details)}'
     )
 
 

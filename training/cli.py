@@ -41,7 +41,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--supervision",
         choices=["masks", "scribbles", "points", "tags", "auto"],
-        help="kind of label to train from; auto (default) takes the densest labels of pixels that each image has",
+        help="kind of label to train from; auto (default) takes the densest labels of pixels that each image has, or "
+        "tags where there are no labels of pixels",
     )
     parser.add_argument(
         "--recipe",
@@ -99,6 +100,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from training.data.dataset import open_dataset
+
+    # Before torch is imported: the commonest mistakes are answered at once.
+    source = open_dataset(arguments.data, arguments.format)
     from training.recipe import parse_assignments, read_recipe
     from training.recipes import find_recipe
     from training.run import RECIPE, resolve_recipe, run
@@ -112,7 +116,6 @@ def _train(arguments: argparse.Namespace) -> int:
         before = read_recipe(saved)
         overrides.insert(0, before)
     overrides += [_given(arguments), parse_assignments(arguments.set)]
-    source = open_dataset(arguments.data, arguments.format)
     recipe = resolve_recipe(source, arguments.supervision, overrides)
     _check_method(before, recipe, arguments.out)
     try:

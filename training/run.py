@@ -68,7 +68,8 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
 
     Args:
         source: The data set.
-        supervision: From the command line; None takes the overrides' value, else "auto".
+        supervision: From the command line; None takes the overrides' value, else "auto". That becomes "tags" where no
+            training image has labels of pixels and some have tags.
         overrides: A recipe file's values, single assignments, command-line options.
 
     Raises:
@@ -80,6 +81,9 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     if supervision is not None:
         given["supervision"] = supervision
     split = str(given.get("train_split", "train"))
+    if given.get("supervision", "auto") == "auto" and _only_tags(source, split):
+        _log.warning("%s: its training images have tags and no labels of pixels; learning from tags", source.name)
+        given["supervision"] = "tags"
     model = given.get("model")
     pretrained = not isinstance(model, dict) or model.get("weights") != "none"
     images = len(source.splits.get(split, ()))
@@ -89,6 +93,11 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
         str(given.get("supervision", "auto")), images, pretrained, has_background(source.classes), asked
     )
     return build_recipe(merge(base, given))
+
+
+def _only_tags(source: DataSource, split: str) -> bool:
+    kinds = frozenset[str]().union(*(source.kinds(name) for name in source.splits.get(split, ())))
+    return kinds == {"tags"}
 
 
 def prepare_source(source: DataSource, recipe: Recipe) -> tuple[DataSource, bool]:

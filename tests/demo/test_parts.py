@@ -6,6 +6,7 @@ import base64
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from PIL import Image
 from demo import Limits
 from demo.colormap import ANCHORS, colorize
 from demo.folder import AnnotatedFolder
-from demo.markup import legend
+from demo.markup import legend, run_status
 from demo.models import find_examples, find_model
 from demo.registry import Models
+from demo.runs import RunStatus, Settings
 from demo.segmenting import SHOWN_SIDE, confidence_image, segment_upload, shown, uploaded_file
 from demo.server import is_loopback, listen
 from wsss_deploy.errors import ImageError, UsageError, WsssError
@@ -146,3 +148,12 @@ def test_predictions_have_the_colours_of_the_brushes(color_segmenter, stripes, t
     answer = functions["predict"]({"name": "photo"})
     with Image.open(io.BytesIO(base64.b64decode(answer["image"].partition(",")[2]))) as tint:
         assert [tint.getpixel((x, 20)) for x in (5, 55)] == [(*brushes[0], 255), (*brushes[2], 255)]
+
+
+def test_a_training_before_its_first_step_shows_no_figure():
+    settings = Settings("tags", "Pretrained (a download)", 500)
+    status = RunStatus("run-001", "training", settings, 0, {}, "classifier of positions")
+    assert "getting ready" in run_status(status)
+    assert "of 500" not in run_status(status)
+    assert "20 of 500 iterations" in run_status(replace(status, iteration=20))
+    assert "0 of 500 iterations" in run_status(replace(status, state="queued"))

@@ -20,6 +20,7 @@ from training.cam.pseudo_labels import write_label
 from training.cam.scoring import BACKGROUNDS, score_cams, score_labels, score_made_labels
 from training.cam_stage import LABELS, STAGE, finished_classifier, tag_counts
 from training.data.dataset import open_dataset
+from training.data.pipeline import TrainingSet
 from training.evaluate_cli import main as evaluate_command
 from training.methods import Batch, build_method
 from training.methods.cam_methods import SharedFeatureCams
@@ -153,13 +154,21 @@ def test_the_background_among_tags_says_nothing(tagged, tmp_path):
     assert source.tags("scene0") == ()
 
 
-def test_tags_alone_are_no_labels_of_pixels(tagged, tmp_path, values):
+def test_tags_alone_are_learnt_from_without_being_named(tagged, tmp_path, caplog):
     data = tmp_path / "data"
     shutil.copytree(tagged, data)
     shutil.rmtree(data / "masks")
     source = open_dataset(data)
+    recipe = resolve_recipe(source, None, [])
+    assert recipe.supervision == "tags"
+    assert recipe.method.name == "tags"
+    assert "learning from tags" in caplog.text
+    # With labels of pixels in one image "auto" is what it says, and a training without any says so.
+    labelled = open_dataset(tagged)
+    assert "masks" in labelled.kinds(labelled.splits["val"][0])
+    assert resolve_recipe(labelled, None, [{"train_split": "val"}]).supervision == "auto"
     with pytest.raises(DataError, match="6 have tags: use --supervision tags"):
-        run(resolve_recipe(source, "auto", [values]), source, tmp_path / "run", show=False)
+        TrainingSet(source, source.splits["train"], "auto", recipe.augmentation, 0)
 
 
 def test_the_depth_of_the_cam_may_change_after_the_classifiers_are_trained(tagged, tmp_path, values):
