@@ -71,6 +71,9 @@ SETTINGS = (
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
     Setting("voc-scribbles-soft", "voc_animals", "scribbles", "soft_labels"),
     Setting("camvid-scribbles-soft", "camvid", "scribbles", "soft_labels"),
+    Setting("acdc-scribbles-soft", "acdc_scribbles", "scribbles", "soft_labels", "foreground_miou"),
+    Setting("voc-scribbles-soft-absent", "voc_animals", "scribbles", "soft_labels", extra=ABSENT),
+    Setting("camvid-scribbles-soft-absent", "camvid", "scribbles", "soft_labels", extra=ABSENT),
     # DFR at stride 4: its kernel alone, its head alone, both. Points as `-gated` has them, without further sources.
     *(
         Setting(f"{prefix}-{suffix}", data, kind, "dfr", figure, (*options, *extra))

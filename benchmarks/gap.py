@@ -1,0 +1,111 @@
+"""What is missing to the twin: classes or borders? mIoU of models as they are, and with one kind of error taken away.
+
+    python -m benchmarks.gap runs/voc-masks-0/model.pt runs/voc-scribbles-default-0/model.pt --data DATA
+
+* as it is: the network alone, no refinement;
+* classes known: a pixel's class is chosen among those of its image's mask, and the background where the set has one. Takes
+  away every class that the image does not hold, as knowledge of the image's tags would;
+* off borders: pixels closer than 1 % of the diagonal to a border of the mask do not count;
+* both;
+* objects: mean IoU of background and everything else as two classes: extents, whatever the class. Sets with a background.
+
+The truth of the split that is looked at enters all but the first and the last: these are explanations, not results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_cdt
+
+from training.data.dataset import has_background, open_dataset
+from wsss_deploy import Segmenter
+from wsss_deploy.card import IGNORE_INDEX
+
+BAND = 0.01
+VIEWS = ("as it is", "classes known", "off borders", "both", "objects")
+
+
+def miou(confusion: NDArray[np.int64]) -> float:
+    """Mean IoU over the classes that occur in either map."""
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return float(np.mean(hits[union > 0] / union[union > 0]))
+
+
+def confusion(truth: NDArray[np.uint8], prediction: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
+    """Pixels by truth (rows) and prediction; those without truth are left out."""
+    known = truth != IGNORE_INDEX
+    pairs = truth[known].astype(np.int64) * classes + prediction[known]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def off_borders(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The truth without its pixels near a change of class; unlabelled seams between two classes are such a change."""
+    border = np.zeros(truth.shape, bool)
+    border[1:] |= truth[1:] != truth[:-1]
+    border[:, 1:] |= truth[:, 1:] != truth[:, :-1]
+    if not border.any():
+        return truth
+    near = distance_transform_cdt(~border, metric="chessboard") <= BAND * np.hypot(*truth.shape)
+    return np.where(near, IGNORE_INDEX, truth).astype(np.uint8)
+
+
+def measure(model: Path, data: Path, split: str) -> dict[str, float]:
+    """mIoU by view."""
+    source, segmenter = open_dataset(data), Segmenter(model, refine=False)
+    classes, background = len(source.classes), has_background(source.classes)
+    sums = {view: np.zeros((classes, classes), np.int64) for view in VIEWS[:4]}
+    objects = np.zeros((2, 2), np.int64)
+    for name in source.splits[split]:
+        truth = source.load_labels(name, "masks")
+        result = segmenter.predict(source.load_image(name))
+        scores = result.scores.copy()
+        held = np.setdiff1d(np.unique(truth), [IGNORE_INDEX])
+        held = np.union1d(held, [0]) if background else held
+        scores[np.setdiff1d(np.arange(classes), held)] = -1
+        known = scores.argmax(0).astype(np.uint8)
+        inner = off_borders(truth)
+        for view, mask, predicted in zip(
+            VIEWS[:4], (truth, truth, inner, inner), (result.mask, known, result.mask, known), strict=True
+        ):
+            sums[view] += confusion(mask, predicted, classes)
+        extent = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, truth > 0).astype(np.uint8)
+        objects += confusion(extent, (result.mask > 0).astype(np.uint8), 2)
+    found = {view: miou(matrix) for view, matrix in sums.items()}
+    return found | ({"objects": miou(objects)} if background else {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = {model.parent.name: measure(model, options.data, options.split) for model in options.models}
+    views = [view for view in VIEWS if view in next(iter(rows.values()))]
+    print(f"| {options.data.name}, {options.split} | " + " | ".join(views) + " |")
+    print("|" + "---|" * (len(views) + 1))
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{100 * row[view]:.1f}" for view in views) + " |")
+    settings: dict[str, list[dict[str, float]]] = {}
+    for name, row in rows.items():
+        settings.setdefault(name.rpartition("-")[0], []).append(row)
+    for name, found in settings.items():
+        if len(found) > 1:
+            means = " | ".join(f"{100 * statistics.mean(row[view] for row in found):.1f}" for view in views)
+            print(f"| mean of {len(found)}: {name} | {means} |")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
