@@ -3,11 +3,12 @@
     python -m benchmarks.gap runs/voc-masks-0/model.pt runs/voc-scribbles-default-0/model.pt --data DATA
 
 * as it is: the network alone, no refinement;
-* classes known: a pixel's class is chosen among those of its image's mask, and the background where the set has one. Takes
-  away every class that the image does not hold, as knowledge of the image's tags would;
+* classes known: a pixel's class is chosen among those of its image's mask, and the background where the set has one.
+  Takes away every class that the image does not hold, as knowledge of the image's tags would;
 * off borders: pixels closer than 1 % of the diagonal to a border of the mask do not count;
 * both;
-* objects: mean IoU of background and everything else as two classes: extents, whatever the class. Sets with a background.
+* objects: mean IoU of background and everything else as two classes: extents, whatever the class; where there is a
+  background.
 
 The truth of the split that is looked at enters all but the first and the last: these are explanations, not results.
 """
@@ -58,7 +59,7 @@ def off_borders(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def measure(model: Path, data: Path, split: str) -> dict[str, float]:
-    """mIoU by view."""
+    """MIoU by view."""
     source, segmenter = open_dataset(data), Segmenter(model, refine=False)
     classes, background = len(source.classes), has_background(source.classes)
     sums = {view: np.zeros((classes, classes), np.int64) for view in VIEWS[:4]}

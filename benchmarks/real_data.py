@@ -42,6 +42,8 @@ _TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
 TEACHER = ("--set", f"method.teacher={_TEACHER}")
 # The same, believed sooner and more.
 EARLY = ("--set", "method.teacher={refine: true, threshold: 0.5, start: 0.1, weight: 2.0}")
+# Believed where it is very sure, once there are soft labels.
+LATE_TEACHER = ("--set", "method.teacher={refine: true, threshold: 0.9, start: 0.5}")
 ABSENT = ("--set", "method.absent={}")
 # The Gated CRF loss at a quarter of the resolution: pairs up to 8 pixels apart in steps of 4, where the default has 5.
 _KERNEL = "method.kernels=[{weight: 1.0, xy: 2.0, rgb: 0.4}]"
@@ -74,6 +76,9 @@ SETTINGS = (
     Setting("acdc-scribbles-soft", "acdc_scribbles", "scribbles", "soft_labels", "foreground_miou"),
     Setting("voc-scribbles-soft-absent", "voc_animals", "scribbles", "soft_labels", extra=ABSENT),
     Setting("camvid-scribbles-soft-absent", "camvid", "scribbles", "soft_labels", extra=ABSENT),
+    Setting(
+        "voc-scribbles-soft-absent-teacher", "voc_animals", "scribbles", "soft_labels", extra=(*ABSENT, *LATE_TEACHER)
+    ),
     # DFR at stride 4: its kernel alone, its head alone, both. Points as `-gated` has them, without further sources.
     *(
         Setting(f"{prefix}-{suffix}", data, kind, "dfr", figure, (*options, *extra))

@@ -19,7 +19,7 @@ import torch
 from training.cam.artifact import save_cams
 from training.cam.pseudo_labels import PseudoLabelSource
 from training.cam_stage import STAGE, add_pseudo_labels, build_cam_method, check_stage, stage_maps
-from training.data.dataset import DataSource, has_background
+from training.data.dataset import PIXEL_KINDS, DataSource, has_background
 from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
@@ -68,8 +68,8 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
 
     Args:
         source: The data set.
-        supervision: From the command line; None takes the overrides' value, else "auto". That becomes "tags" where no
-            training image has labels of pixels and some have tags.
+        supervision: From the command line; None takes the overrides' value, else "auto". That becomes the one kind of
+            label that all training images with labels have, if there is one: each kind has defaults of its own.
         overrides: A recipe file's values, single assignments, command-line options.
 
     Raises:
@@ -81,9 +81,9 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     if supervision is not None:
         given["supervision"] = supervision
     split = str(given.get("train_split", "train"))
-    if given.get("supervision", "auto") == "auto" and _only_tags(source, split):
-        _log.warning("%s: its training images have tags and no labels of pixels; learning from tags", source.name)
-        given["supervision"] = "tags"
+    if given.get("supervision", "auto") == "auto" and (kind := _only_kind(source, split)):
+        _log.info("%s: learning from %s, which all its labelled training images have", source.name, kind)
+        given["supervision"] = kind
     model = given.get("model")
     pretrained = not isinstance(model, dict) or model.get("weights") != "none"
     images = len(source.splits.get(split, ()))
@@ -95,9 +95,17 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     return build_recipe(merge(base, given))
 
 
-def _only_tags(source: DataSource, split: str) -> bool:
-    kinds = frozenset[str]().union(*(source.kinds(name) for name in source.splits.get(split, ())))
-    return kinds == {"tags"}
+def _only_kind(source: DataSource, split: str) -> str | None:
+    """What every training image with labels would contribute to "auto"; None where that differs or is a mixture."""
+    used: set[frozenset[str]] = set()
+    for name in source.splits.get(split, ()):
+        kinds = source.kinds(name)
+        used.add(frozenset({"masks"}) if "masks" in kinds else kinds & frozenset(PIXEL_KINDS) or kinds)
+    used.discard(frozenset())
+    if len(used) > 1:  # images with tags alone are left out where others have labels of pixels
+        used.discard(frozenset({"tags"}))
+    (kinds, *others) = used or {frozenset[str]()}
+    return next(iter(kinds)) if len(kinds) == 1 and not others else None
 
 
 def prepare_source(source: DataSource, recipe: Recipe) -> tuple[DataSource, bool]:
@@ -154,6 +162,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         DataError, TrainingError: See `prepare_source` and `Trainer.run`.
     """
     _check_tags(recipe, source)
+    _check_average(recipe)
     device_and_precision(recipe)  # before anything is downloaded
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     _check_size(recipe, preprocessing.stride)
@@ -276,13 +285,40 @@ def _check_tags(recipe: Recipe, source: DataSource) -> None:
         )
 
 
-def _check_size(recipe: Recipe, stride: int) -> None:
-    """Crops must fit the encoder's grid.
+def _check_average(recipe: Recipe) -> None:
+    """Methods with a teacher need the moving average that it is.
 
     Raises:
-        RecipeError: They do not; the nearest sizes that do are named.
+        RecipeError: It is off.
+    """
+    for option in ("teacher", "correction"):
+        if recipe.optimisation.ema == 0 and getattr(recipe.method, option, None) is not None:
+            raise RecipeError(
+                [
+                    f"method.{option}: needs a moving average; set optimisation.ema above 0, say 0.99, or "
+                    f"method.{option}=null"
+                ]
+            )
+
+
+def _check_size(recipe: Recipe, stride: int) -> None:
+    """Crops must fit the encoder's grid, and a map on which a loss acts the crops.
+
+    Raises:
+        RecipeError: They do not; the nearest values that do are named.
     """
     size = recipe.augmentation.size
+    coarser = getattr(recipe.method, "stride", 1)
+    # A map of a single pixel has no pairs.
+    fitting = [number for number in range(1, size // 2 + 1) if size % number == 0]
+    if coarser not in fitting:
+        near = sorted(sorted(fitting, key=lambda number: abs(number - coarser))[:2])
+        raise RecipeError(
+            [
+                f"method.stride: {coarser} does not divide augmentation.size, {size}, or leaves a single pixel; use "
+                + " or ".join(str(number) for number in near)
+            ]
+        )
     if size % stride:
         below, above = size // stride * stride, (size // stride + 1) * stride
         near = f"{below} or {above}" if below else f"{above}"

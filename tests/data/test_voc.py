@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,26 @@ def test_masks_prefer_the_original_over_the_augmented(devkit):
 
 def test_tags_come_from_the_boxes(devkit):
     assert open_dataset(devkit).tags("2007_000001") == (15, 20)
+
+
+def test_points_are_read_as_of_whats_the_point(devkit):
+    items = [{"x": 3, "y": 2, "cls": 15}, {"x": 30.6, "y": 20.2, "cls": "tvmonitor", "rank": 1}]
+    points = {"2007_000001": items, "2007_000002.jpg": [], "2009_009999": items}
+    (devkit / "points.json").write_text(json.dumps(points))
+    (devkit / "points").mkdir()
+    drawn = np.full((30, 40), 255, np.uint8)
+    drawn[5, 6] = 7
+    Image.fromarray(drawn).save(devkit / "points" / "2007_000003.png")
+    (devkit / "points" / "notes.txt").write_text("")
+    source = open_dataset(devkit)
+    assert [name for name in source.image_names if "points" in source.kinds(name)] == list(source.image_names)
+    labels = source.load_labels("2007_000001", "points")
+    assert (labels[2, 3], labels[20, 30], (labels != 255).sum()) == (15, 20, 2)
+    assert (source.load_labels("2007_000002", "points") == 255).all()
+    assert np.array_equal(source.load_labels("2007_000003", "points"), drawn)
+    found = [f"{problem.where}: {problem.text}" for problem in source.problems]
+    assert any(text.startswith("points.json: 1 entry for no known image (first: '2009_009999')") for text in found)
+    assert any(text.startswith("points/: 1 file not read") for text in found)
 
 
 def test_scribbles_are_drawn_with_their_short_names(devkit):

@@ -27,7 +27,7 @@ def by_dijkstra(labels, image, rgb, xy, limit):
                 v, u = y + dy, x + dx
                 if 0 <= v < height and 0 <= u < width and (dy or dx):
                     step = (image[:, y, x] - image[:, v, u]).norm().item() / rgb + math.hypot(dy, dx) / xy
-                    if value + step < limit:
+                    if value + step <= limit * (1 + 1e-6):
                         heapq.heappush(queue, (value + step, v, u, label))
     out = torch.full_like(labels, 255)
     for (y, x), (_, label) in cost.items():
@@ -58,8 +58,10 @@ def test_a_border_stops_it_and_distance_does():
     assert (row[10:] == 255).all()
     labels[0, 2, 20] = 0
     row = spread_labels(labels, image, 1.0, 8.0)[0, 2]
-    assert row[13:28].tolist() == [0] * 15
-    assert row[12] == row[28] == 255
+    assert row[12:29].tolist() == [0] * 17  # eight pixels to either side cost 1, the limit
+    assert row[11] == row[29] == 255
+    row = spread_labels(labels, image, 1.0, 8.0, 0.5)[0, 2]
+    assert (row == 0).nonzero().flatten().tolist() == list(range(16, 25))
 
 
 def test_given_labels_stay_and_the_input_is_not_changed():

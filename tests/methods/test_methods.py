@@ -165,6 +165,13 @@ def test_labelled_pixels_can_be_left_out():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_crops_padding_does_not_shrink_the_loss_of_the_rest():
+    network, data = Fixed(torch.randn(2, CLASSES, 8, 8)), batch(labelled=0.0, valid_rows=16)
+    on, off = (make("gated_crf", gate_labelled=gate)(network, data, 0.5)["gated_crf"] for gate in (True, False))
+    # With nothing labelled the gate leaves only the padding out, which without it receives a little.
+    assert 0.8 * off < on <= off
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_the_map_on_which_the_loss_acts_has_the_asked_stride(stride):
     network = Fixed(torch.randn(2, CLASSES, 8, 8))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,49 @@ def test_missing_labels_are_simulated_aloud_or_refused(tmp_path, small, caplog, 
 def test_an_unknown_split_names_the_known_ones(squares, tmp_path, small):
     with pytest.raises(DataError, match="splits: train, val"):
         train(squares, tmp_path / "run", small | {"train_split": "training"})
+
+
+@pytest.mark.parametrize(
+    ("kept", "extra", "kind", "method"),
+    [
+        (["points"], [], "points", "gated_crf"),
+        (["scribbles"], [], "scribbles", "gated_crf"),
+        (["masks", "points"], [], "masks", "supervised"),
+        (["tags"], [], "tags", "tags"),
+        (["points", "tags"], [], "points", "gated_crf"),
+        (["scribbles", "points"], [], "auto", "gated_crf"),
+        (["points"], ["masks"], "auto", "gated_crf"),
+        (["points"], ["tags"], "points", "gated_crf"),
+    ],
+)
+def test_auto_is_the_one_kind_of_label_that_there_is(kept, extra, kind, method, caplog):
+    """Each kind has defaults of its own, which a data set with nothing else should get without asking."""
+    names = ("a", "b", "c")
+    found = {"a": frozenset(kept), "b": frozenset(extra or kept), "c": frozenset()}
+    source = SimpleNamespace(
+        name="mine", classes=("background", "cat"), splits={"train": names}, kinds=lambda name: found[name]
+    )
+    recipe = resolve_recipe(source, None, [])
+    assert (recipe.supervision, recipe.method.name) == (kind, method)
+    if kind == "points":
+        assert recipe == resolve_recipe(source, "points", [])
+        assert recipe.method.propagate is not None
+
+
+@pytest.mark.parametrize(("size", "stride", "words"), [(48, 5, "use 4 or 6"), (48, 48, "use 16 or 24")])
+def test_a_stride_that_does_not_fit_the_crop_is_refused_before_the_training(
+    squares, tmp_path, small, size, stride, words
+):
+    values = small | {"method": {"name": "gated_crf", "stride": stride}, "augmentation": {"size": size}}
+    with pytest.raises(RecipeError, match=f"method.stride: {stride} does not divide .*{words}"):
+        train(squares, tmp_path / "run", values)
+
+
+def test_a_teacher_without_an_average_is_refused_before_anything_is_made(squares, tmp_path, small):
+    values = small | {"optimisation": small["optimisation"] | {"ema": 0}}
+    with pytest.raises(RecipeError, match=r"method.teacher: needs a moving average.*method.teacher=null"):
+        train(squares, tmp_path / "run", values, "points")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_resolved_recipe_repeats_the_run(squares, tmp_path, small):

@@ -16,18 +16,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from training.data.dataset import PIXEL_KINDS, Problem, counted, has_background
 from training.data.files import FileSource
-from training.data.reading import IMAGE_SUFFIXES, files_by_stem, image_size, read_json, read_lines
+from training.data.reading import IMAGE_SUFFIXES, files_by_stem, read_lines
 from training.data.unread import UnreadFiles
-from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import DataError
-from wsss_deploy.image_files import image_name, read_palette
+from wsss_deploy.image_files import read_palette
 
 # What people name the file of the tags, by the name's two halves; None stands for any ending.
 _TAG_FILES: dict[str, frozenset[str] | None] = {
@@ -63,7 +58,6 @@ class FolderSource(FileSource):
                 names = ", ".join(path.name for path in paths)
                 self._problem(f"images/{paths[0].name}", f"the same name occurs {len(paths)} times ({names}); keep one")
         self.problems += [Problem("images", text, "remark") for text in self._unread.remarks()]
-        self._ids = {name: index for index, name in enumerate(classes)}
         for kind in PIXEL_KINDS:
             self._labels[kind] = self._label_files(kind)
             self._report_strays(kind, [".png"])
@@ -72,39 +66,6 @@ class FolderSource(FileSource):
         self.splits = self._read_splits()
         files = [path for labels in self._labels.values() for path in list(labels.values())[:1]]
         self.palette = read_palette(files, len(classes))
-
-    def kinds(self, name: str) -> frozenset[str]:
-        """Which kinds of labels the image has."""
-        kinds = super().kinds(name)
-        return kinds | {"points"} if name in self._points else kinds
-
-    def load_labels(self, name: str, kind: str) -> NDArray[np.uint8]:
-        """Labels uint8 (H, W)."""
-        if kind == "points" and name in self._points and name not in self._labels["points"]:
-            return self._draw_points(name)
-        return super().load_labels(name, kind)
-
-    def _read_points(self) -> dict[str, list[dict[str, Any]]]:
-        points: dict[str, list[dict[str, Any]]] = {}
-        for name, items in self._read_mapping("points.json").items():
-            if isinstance(items, list) and all(isinstance(item, dict) for item in items):
-                points[name] = items
-            else:
-                self._problem("points.json", f"'{name}': expected a list of objects with x, y and cls")
-        return points
-
-    def _draw_points(self, name: str) -> NDArray[np.uint8]:
-        size = image_size(self.image_path(name))
-        labels = np.full(size, IGNORE_INDEX, np.uint8)
-        for item in self._points[name]:
-            where = f"{self._root / 'points.json'}: '{name}'"
-            x, y, index = item.get("x"), item.get("y"), self._class_id(item.get("cls"))
-            if not isinstance(x, int | float) or not isinstance(y, int | float) or index is None:
-                raise DataError(f"{where}: point {item}: expected numbers x and y, and a known class in cls")
-            if not (0 <= x < size[1] and 0 <= y < size[0]):
-                raise DataError(f"{where}: point ({x}, {y}) is outside the image of {size[1]}x{size[0]} pixels")
-            labels[int(y), int(x)] = index
-        return labels
 
     def _read_tags(self) -> dict[str, tuple[int, ...]]:
         self._report_other_tag_files()
@@ -143,41 +104,12 @@ class FolderSource(FileSource):
                 text = 'is not read; if it holds the tags, write them as tags.json: {"NAME": [class names or ids]}'
                 self.problems.append(Problem(path.name, text, "remark"))
 
-    def _class_id(self, value: object) -> int | None:
-        if isinstance(value, str):
-            return self._ids.get(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.classes):
-            return value
-        return None
-
-    def _read_mapping(self, file: str) -> dict[str, Any]:
-        """The part of a JSON object that is about images of this set; {} without the file."""
-        path = self._root / file
-        if not path.is_file():
-            return {}
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: holds a {type(content).__name__}, expected an object from image name to labels")
-        entries: dict[str, list[str]] = {}
-        for entry in content:
-            entries.setdefault(image_name(entry, self._images), []).append(entry)
-        self._report_unknown(file, [entry for name in entries if name not in self._images for entry in entries[name]])
-        repeated = [name for name in entries if name in self._images and len(entries[name]) > 1]
-        if repeated:
-            first = " and ".join(f"'{entry}'" for entry in entries[repeated[0]])
-            have = f"{counted(len(repeated), 'image')} {'has' if len(repeated) == 1 else 'have'} more than one entry"
-            self._problem(file, f"{have} (first: {first} for image '{repeated[0]}'); keep one")
-        return {name: content[given[0]] for name, given in entries.items() if name in self._images}
-
     def _report_unknown(self, file: str, entries: list[str]) -> None:
         """Report entries of a JSON file that are for no image: those of unread files, and the rest."""
         found = {entry: self._unread.find(entry) or self._unread.find(self._image_name(entry)) for entry in entries}
         for text in self._unread.describe({entry: path for entry, path in found.items() if path is not None}):
             self._problem(file, text, blocking=False)
-        unknown = [entry for entry, path in found.items() if path is None]
-        if unknown:
-            text = f"{counted(len(unknown), 'entry')} for no known image (first: '{unknown[0]}')"
-            self._problem(file, f"{text}; add the image or remove the entry", blocking=False)
+        super()._report_unknown(file, [entry for entry, path in found.items() if path is None])
 
     def _read_splits(self) -> dict[str, tuple[str, ...]]:
         splits: dict[str, tuple[str, ...]] = {}

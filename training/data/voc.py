@@ -1,4 +1,4 @@
-"""Reader of the PASCAL VOC devkit layout, with ScribbleSup's scribbles.
+"""Reader of the PASCAL VOC devkit layout, with ScribbleSup's scribbles and points of What's the Point.
 
     JPEGImages/NAME.jpg                     required (here, or in VOC2012/ or VOCdevkit/VOC2012/ below)
     SegmentationClass/NAME.png              masks; where one is missing, SegmentationClassAug/NAME.png
@@ -6,9 +6,12 @@
     Annotations/NAME.xml                    boxes; their class names are the image's tags
     scribbles/NAME.xml                      ScribbleSup polylines (or ScribbleAnnotation/, or a pascal_2012/ in either),
                                             drawn 3 pixels wide; PNGs of class ids are read too
+    points/NAME.png                         PNGs of class ids; without that file: points.json, as of What's the Point,
+                                            {name: [{"x": px, "y": px, "cls": id or class name}]}
     classes.txt                             optional; otherwise the background and VOC's 20 classes
 
 Scribbles: Lin et al., "ScribbleSup: Scribble-Supervised Convolutional Networks for Semantic Segmentation", CVPR 2016.
+Points: Bearman et al., "What's the Point: Semantic Segmentation with Point Supervision", ECCV 2016.
 """
 
 from __future__ import annotations
@@ -59,11 +62,13 @@ class VocSource(FileSource):
         if not images:
             raise DataError(f"{base / 'JPEGImages'}: no images; expected *.jpg")
         super().__init__(base, classes, {name: paths[0] for name, paths in images.items()})
-        self._ids = {name: index for index, name in enumerate(classes)}
         self._labels["masks"] = self._label_files("SegmentationClassAug") | self._label_files("SegmentationClass")
         folder = next((name for name in reversed(_SCRIBBLE_FOLDERS) if (base / name).is_dir()), "scribbles")
         self._report_strays(folder, [".png", ".xml"])
         self._labels["scribbles"] = self._xml_files(folder) | self._label_files(folder)
+        self._labels["points"] = self._label_files("points")
+        self._report_strays("points", [".png"])
+        self._points = self._read_points()
         self._boxes = self._xml_files("Annotations")
         self.splits = self._read_splits()
 
@@ -87,7 +92,7 @@ class VocSource(FileSource):
             path = self._boxes[name]
             names = [item.findtext("name", "").strip() for item in parse_xml(path).iter("object")]
             left_out = {0} if has_background(self.classes) else set[int]()
-            self._tags[name] = tuple(sorted({self._class_id(label, path) for label in names} - left_out))
+            self._tags[name] = tuple(sorted({self._named_class(label, path) for label in names} - left_out))
         return self._tags[name]
 
     def _draw_scribbles(self, path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -99,13 +104,13 @@ class VocSource(FileSource):
             if found != size:
                 raise DataError(f"{path}: {size_fault(found, size)}")
         for line in root.iter("polygon"):
-            index = self._class_id(line.findtext("tag", "").strip(), path)
+            index = self._named_class(line.findtext("tag", "").strip(), path)
             points = [(_number(p.findtext("X"), path), _number(p.findtext("Y"), path)) for p in line.iter("point")]
             if points:
                 labels[draw_polyline(size, points, _SCRIBBLE_WIDTH)] = index
         return labels
 
-    def _class_id(self, label: str, path: Path) -> int:
+    def _named_class(self, label: str, path: Path) -> int:
         index = self._ids.get(label, self._ids.get(SHORT_NAMES.get(label, "")))
         if index is None:
             raise DataError(f"{path}: unknown class '{label}'; expected one of {', '.join(self.classes)}")

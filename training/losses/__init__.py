@@ -9,6 +9,7 @@ from training.losses.dynamic_feature import (
     feature_consistency_loss,
     feature_smoothness_loss,
     pair_targets,
+    unlabelled_blocks,
 )
 from training.losses.gated_crf import GatedCRFLoss, Kernel, gated_crf_loss
 from training.losses.label_spreading import spread_labels
@@ -37,4 +38,5 @@ __all__ = [
     "potts_energy",
     "soft_labels",
     "spread_labels",
+    "unlabelled_blocks",
 ]

@@ -54,13 +54,28 @@ def block_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(agreed, highest, torch.full_like(highest, IGNORE_INDEX)).long()
 
 
-def pair_targets(labels: Tensor, probabilities: Tensor | None, threshold: float) -> Tensor:
+def unlabelled_blocks(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cells of a coarser map without any label; those whose labels contradict have none in `block_labels` and are not.
+
+    Args:
+        labels: int64 (N, H, W); 255 is unlabelled.
+        size: (h, w) of the coarser map; H / h and W / w are the same whole number.
+
+    Returns:
+        bool (N, h, w).
+    """
+    labelled = (labels != IGNORE_INDEX)[:, None].float()
+    return F.max_pool2d(labelled, labels.shape[-2] // size[0])[:, 0] == 0
+
+
+def pair_targets(labels: Tensor, probabilities: Tensor | None, threshold: float, free: Tensor | None = None) -> Tensor:
     """Targets of the head: labels where there are any, else the predicted class where it is likely enough.
 
     Args:
         labels: int64 (N, h, w); 255 is unlabelled.
         probabilities: (N, C, h, w), taken as constants; None leaves unlabelled pixels at 255.
         threshold: Least probability of a predicted class that counts.
+        free: bool (N, h, w), where predictions may stand in; None is wherever labels are 255.
 
     Returns:
         int64 (N, h, w).
@@ -69,7 +84,8 @@ def pair_targets(labels: Tensor, probabilities: Tensor | None, threshold: float)
         return labels
     likely, predicted = probabilities.detach().max(dim=1)
     predicted = predicted.masked_fill(likely < threshold, IGNORE_INDEX)
-    return torch.where(labels == IGNORE_INDEX, predicted, labels)
+    taken = labels == IGNORE_INDEX if free is None else (labels == IGNORE_INDEX) & free
+    return torch.where(taken, predicted, labels)
 
 
 @dataclass(frozen=True)

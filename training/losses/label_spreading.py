@@ -51,6 +51,7 @@ def spread_labels(labels: Tensor, image: Tensor, rgb: float, xy: float, limit: f
         cost = torch.full(labels.shape, math.inf, device=labels.device)
         cost[labels != IGNORE_INDEX] = 0
         carried = labels.clone()
+        highest = limit * (1 + 1e-6)  # a sum of steps that should be the limit may be rounded to more
         # No path within the limit has more steps than this; most calls settle earlier.
         for _ in range(math.ceil(limit * xy)):
             before = cost
@@ -58,7 +59,7 @@ def spread_labels(labels: Tensor, image: Tensor, rgb: float, xy: float, limit: f
             for (dy, dx), step in zip(_RING, steps, strict=True):
                 window = (..., slice(1 + dy, 1 + dy + height), slice(1 + dx, 1 + dx + width))
                 offered = costs[window] + step
-                better = offered < cost.clamp(max=limit)
+                better = (offered < cost) & (offered <= highest)
                 cost = torch.where(better, offered, cost)
                 carried = torch.where(better, ids[window], carried)
             if torch.equal(cost, before):

@@ -20,6 +20,7 @@ from training.losses import (
     feature_smoothness_loss,
     gated_crf_loss,
     pair_targets,
+    unlabelled_blocks,
 )
 from training.methods.base import Batch, MethodContext, start_reached
 from training.methods.feature_head import AuxiliaryHead, FeatureConsistencyHead, plain_features, resize
@@ -99,11 +100,11 @@ class DFR(SparseMethod):
     def _head_terms(self, features: Tensor, probabilities: Tensor, batch: Batch, deep: bool) -> dict[str, Tensor]:
         settings, size = self.settings, (features.shape[-2], features.shape[-1])
         inside = whole_cells(batch.valid, size)
-        labels = block_labels(batch.labels, size)
+        labels, free = block_labels(batch.labels, size), unlabelled_blocks(batch.labels, size)
         if settings.pairs == "predictions":
-            labels = torch.full_like(labels, IGNORE_INDEX)
+            labels, free = torch.full_like(labels, IGNORE_INDEX), torch.ones_like(free)
         predicted = deep and settings.pairs != "labels"
-        targets = pair_targets(labels, probabilities if predicted else None, settings.threshold)
+        targets = pair_targets(labels, probabilities if predicted else None, settings.threshold, free)
         targets = targets.masked_fill(~inside, IGNORE_INDEX)
         loss = feature_consistency_loss(features, targets, settings.head_radius, distance=settings.distance)
         terms = {"consistency": settings.head_weight * loss.total}
@@ -140,7 +141,8 @@ class DFR(SparseMethod):
         valid = whole_cells(batch.valid, size)[:, None].to(probabilities)
         receivers = torch.ones_like(valid)
         if settings.gate == "confidence":
-            receivers = 1 - probabilities.detach().max(dim=1, keepdim=True).values
+            # Without the padding, which receives nothing and would only be counted.
+            receivers = (1 - probabilities.detach().max(dim=1, keepdim=True).values) * valid
         if settings.dense:
             small = _at_most(size, settings.dense)
             modalities = {name: resize(maps, small) for name, maps in modalities.items()}

@@ -43,6 +43,9 @@ class GatedCRF(SparseMethod):
         rgb = self.imagenet_rgb(batch)
         valid = batch.valid[:, None] if self.settings.gate_validity else None
         unlabelled = (batch.labels == IGNORE_INDEX)[:, None] if self.settings.gate_labelled else None
+        if valid is not None and unlabelled is not None:
+            # The loss is per receiver; with the padding among them it would shrink with a crop's share of it.
+            unlabelled = unlabelled & valid
         loss: Tensor = self.gated_crf(probabilities, {"rgb": rgb}, mask_src=valid, mask_dst=unlabelled)
         return loss
 

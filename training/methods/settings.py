@@ -168,8 +168,9 @@ class DFRSettings(SparseSettings):
         feature: Width of the deep features, which have unit length.
         kernel_gradient: Let the regularised loss move the deep features through its kernel; not with `dense`.
             Unsafe: it pushes disagreeing pairs apart.
-        dense: In place of the window, all pairs of a map whose longer side is at most this; 0 is off. The sum over
-            many more pairs asks for a smaller weight.
+        dense: In place of the window (`radius`), all pairs of a map whose longer side is at most this; 0 is off. The
+            sum over many more pairs asks for a smaller weight; one image's pairs take 4 times the map's pixels squared
+            in bytes, 1 GB at 128.
         gate: Which pixels receive: "valid" all, "confidence" each with 1 - max P.
         features: Where the head gets its input: "stages" fuses all encoder maps, "last" takes the coarsest,
             "decoder" the map that the decoder (upernet) fuses.
@@ -179,7 +180,7 @@ class DFRSettings(SparseSettings):
         pairs: What supervises them: labels and confident predictions, or either.
         threshold: Least probability of a predicted target.
         distance: "l1" of the features, or "cosine".
-        detach: Keep the head's loss from moving the network.
+        detach: Keep the head's loss, and the kernel's gradient, from moving the network.
         smooth_weight: Factor of the precursor's smoothness of the head's features; it used 3.
         auxiliary_weight: Factor of the cross-entropy of an auxiliary head on the second-coarsest encoder map; 0.4 in
             use with Swin and UperNet.
@@ -213,8 +214,30 @@ class DFRSettings(SparseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.smooth_weight and not self.head_weight:
-            raise ValueError("smooth_weight acts on the head, which head_weight: 0 leaves out")
+        if not (self.weight or self.head_weight):
+            raise ValueError("weight and head_weight are both 0, which leaves nothing of DFR; take method partial_ce")
+        self._refuse_idle(
+            "head_weight: 0 leaves the head out",
+            not self.head_weight,
+            "smooth_weight",
+            "pairs",
+            "distance",
+        )
+        # With it the kernel's gradient ends at the head's input.
+        self._refuse_idle(
+            "head_weight: 0 leaves the head out", not (self.head_weight or self.kernel_gradient), "detach"
+        )
+        self._refuse_idle(
+            "weight: 0 leaves the regularised loss out",
+            not self.weight,
+            "dense",
+            "gate",
+            "kernel",
+            "kernel_gradient",
+            "shallow_weight",
+            "deep_weight",
+        )
+        self._refuse_idle("deep_weight: 0 leaves deep features out", not self.deep_weight, "kernel_gradient")
         if self.weight and self.kernel == "sum" and not (self.shallow_weight or self.deep_weight):
             raise ValueError("shallow_weight and deep_weight are both 0; set weight: 0 to leave the loss out")
         if self.kernel == "product" and (self.shallow_weight != 1 or self.deep_weight not in (0, 1)):
@@ -225,6 +248,12 @@ class DFRSettings(SparseSettings):
         if self.dense and self.kernel_gradient:
             raise ValueError("dense takes its kernel for a constant; set kernel_gradient: false or dense: 0")
         return self
+
+    def _refuse_idle(self, reason: str, idle: bool, *options: str) -> None:
+        """Refuse options that would do nothing; their defaults are no request."""
+        changed = [name for name in options if getattr(self, name) != type(self).model_fields[name].default]
+        if idle and changed:
+            raise ValueError(f"{' and '.join(changed)}: without effect, {reason}")
 
 
 class SoftLabelSettings(SparseSettings):

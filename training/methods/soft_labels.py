@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses import block_labels, collision_cross_entropy, soft_labels
+from training.losses import block_labels, collision_cross_entropy, soft_labels, unlabelled_blocks
 from training.methods.base import Batch, MethodContext, start_reached
 from training.methods.settings import SoftLabelSettings
 from training.methods.sparse import SparseMethod, whole_cells
-from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.networks import SegmentationNetwork
 
 
@@ -54,5 +53,5 @@ class SoftLabels(SparseMethod):
             rate=settings.rate,
             valid=inside,
         )
-        free = inside & (seeds == IGNORE_INDEX)
+        free = inside & unlabelled_blocks(batch.labels, size)
         return (collision_cross_entropy(labels, probabilities) * free).sum() / free.sum().clamp(min=1)

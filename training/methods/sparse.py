@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.cam.labels import byte_image
-from training.losses import PartialCrossEntropyLoss, absent_classes_loss, block_labels, spread_labels
+from training.losses import (
+    PartialCrossEntropyLoss,
+    absent_classes_loss,
+    block_labels,
+    spread_labels,
+    unlabelled_blocks,
+)
 from training.methods.base import IMAGENET_MEAN, IMAGENET_STD, Batch, Method, MethodContext, start_reached, to_units
 from training.methods.settings import SparseSettings, SpreadSettings, TeacherSettings
 from wsss_deploy.card import IGNORE_INDEX
@@ -77,7 +83,7 @@ class SparseMethod(Method):
             likely, predicted = probabilities.max(dim=1)
         # Refined labels are those of the image's pixels, unrefined ones those of the logits' map.
         size = (likely.shape[-2], likely.shape[-1])
-        unlabelled = (block_labels(batch.labels, size) == IGNORE_INDEX) & whole_cells(batch.valid, size)
+        unlabelled = unlabelled_blocks(batch.labels, size) & whole_cells(batch.valid, size)
         targets = predicted.masked_fill(~unlabelled | (likely < settings.threshold), IGNORE_INDEX)
         logits = logits.float()
         if logits.shape[-2:] != size:
@@ -101,7 +107,7 @@ class SparseMethod(Method):
         seeds = block_labels(batch.labels, size).masked_fill(~whole_cells(batch.valid, size), IGNORE_INDEX)
         rgb = F.adaptive_avg_pool2d(self.imagenet_rgb(batch), size)
         carried = spread_labels(seeds, rgb, settings.rgb, settings.xy, settings.limit)
-        unlabelled = (seeds == IGNORE_INDEX) & whole_cells(batch.valid, size)
+        unlabelled = unlabelled_blocks(batch.labels, size) & whole_cells(batch.valid, size)
         loss: Tensor = self.cross_entropy(logits, carried.masked_fill(~unlabelled, IGNORE_INDEX))
         return loss
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from wsss_deploy.pairwise import energy_cuda_form, energy_reference, native
 from wsss_deploy.pairwise.energy_parameters import EnergyParameters
@@ -115,9 +116,15 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, li
 
 
 def _backward(ctx: Any, grad: Tensor, _towards: Any, _grads: Any) -> tuple[Any, ...]:
+    towards, *features = _first_order(ctx, grad)
+    return towards, None, None, None, features, *[None] * 5
+
+
+@once_differentiable
+def _first_order(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients to the probabilities and each map; differentiating them again is an error instead of 0."""
     towards, *saved = ctx.saved_tensors
-    features = [grad * kept if number in ctx.wanted else None for number, kept in enumerate(saved)]
-    return grad * towards, None, None, None, features, *[None] * 5
+    return grad * towards, *(grad * kept if number in ctx.wanted else None for number, kept in enumerate(saved))
 
 
 pairwise_energy.register_autograd(_backward, setup_context=_context)
