@@ -165,6 +165,49 @@ def test_labelled_pixels_can_be_left_out():
     torch.testing.assert_close(found, expected)
 
 
+MATRIX = ((0.0, 1.0, 2.0), (1.0, 0.0, 0.5), (0.1, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"one_way": True}, {"compatibility": MATRIX}, {"gate_validity": False, "count_padding_pairs": True}],
+    ids=lambda options: next(reversed(options)),
+)
+def test_the_losss_own_switches_reach_it(options):
+    network, data = Fixed(torch.randn(2, CLASSES, 8, 8)), batch()
+    found = make("gated_crf", weight=1.0, **options)(network, data, 0.5)["gated_crf"]
+    (slope,) = torch.autograd.grad(found, network.logits)
+    given = {key: value for key, value in options.items() if key != "gate_validity"}
+    if "compatibility" in given:
+        given["compatibility"] = torch.tensor(MATRIX)
+    mask = None if options.get("gate_validity") is False else data.valid[:, None]
+    arguments = ([Kernel(1.0, {"xy": 6.0, "rgb": 0.1})], {"rgb": data.image}, 5)
+    expected = gated_crf_loss(network.logits.softmax(1), *arguments, mask_src=mask, **given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, network.logits)[0])
+    plain = gated_crf_loss(network.logits.softmax(1), *arguments, mask_src=mask)
+    changes_the_value = "one_way" not in options
+    assert bool((plain - expected).abs() > 1e-3 * plain) is changes_the_value
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"count_padding_pairs": True}, "counts nothing with gate_validity"),
+        ({"compatibility": ((0.0, 1.0), (1.0,))}, "square list"),
+        ({"compatibility": ((0.0, 1.0), (1.0, 0.5))}, "zeros on its diagonal"),
+    ],
+)
+def test_switches_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ValidationError, match=words):
+        make("gated_crf", **options)
+
+
+def test_a_class_matrix_has_a_row_for_every_class():
+    with pytest.raises(RecipeError, match="has 2 rows, expected one for each of 3 classes"):
+        make("gated_crf", compatibility=((0.0, 1.0), (1.0, 0.0)))
+
+
 def test_a_crops_padding_does_not_shrink_the_loss_of_the_rest():
     network, data = Fixed(torch.randn(2, CLASSES, 8, 8)), batch(labelled=0.0, valid_rows=16)
     on, off = (make("gated_crf", gate_labelled=gate)(network, data, 0.5)["gated_crf"] for gate in (True, False))

@@ -67,10 +67,16 @@ def test_the_published_figures():
     run = gated.optimisation
     assert (run.optimiser, run.learning_rate, run.power, run.iterations) == ("sgd", 0.007, 0.9, 90_000)
     assert (gated.method.weight, gated.method.start, gated.method.radius) == (0.1, 0.005, 5)
+    assert [kernel.model_dump() for kernel in gated.method.kernels] == [{"weight": 1.0, "xy": 6.0, "rgb": 0.1}]
     dfr = build_recipe(read_recipe(find_recipe("dfr_voc_scribbles")))
     assert dfr.model.decoder == "upernet"
     assert "swin" in dfr.model.encoder
     assert dfr.model.encoder.endswith("in22k")
+    # Not published but decided (docs/sparse_labels.md): what that document states.
+    method = dfr.method
+    assert (method.weight, method.start, method.deep_start, method.kernel) == (0.1, 0.005, 0.1, "sum")
+    assert (method.xy, method.rgb, method.feature, method.radius, method.stride) == (6.0, 0.1, 0.5, 5, 4)
+    assert (method.head_weight, method.head_radius, method.threshold, method.auxiliary_weight) == (0.4, 4, 0.95, 0.4)
 
 
 def test_a_file_wins_over_a_packaged_name(tmp_path, monkeypatch):

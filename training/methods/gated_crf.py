@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,6 +11,7 @@ from training.methods.base import Batch, MethodContext, start_reached
 from training.methods.settings import GatedCRFSettings, KernelSettings
 from training.methods.sparse import SparseMethod
 from wsss_deploy.card import IGNORE_INDEX
+from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork
 
 
@@ -22,12 +24,29 @@ class GatedCRF(SparseMethod):
     Args:
         settings: From the recipe.
         context: Of the run.
+
+    Raises:
+        RecipeError: A class matrix of another number of classes.
     """
 
     def __init__(self, settings: GatedCRFSettings, context: MethodContext) -> None:
         super().__init__(settings, context)
         self.settings = settings
-        self.gated_crf = GatedCRFLoss([_kernel(kernel) for kernel in settings.kernels], settings.radius)
+        matrix = settings.compatibility
+        if matrix is not None and len(matrix) != context.num_classes:
+            raise RecipeError(
+                [
+                    f"method.compatibility: has {len(matrix)} rows, expected one for each of {context.num_classes} "
+                    "classes"
+                ]
+            )
+        self.gated_crf = GatedCRFLoss(
+            [_kernel(kernel) for kernel in settings.kernels],
+            settings.radius,
+            compatibility=None if matrix is None else torch.tensor(matrix),
+            one_way=settings.one_way,
+            count_padding_pairs=settings.count_padding_pairs,
+        )
 
     def forward(self, network: SegmentationNetwork, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The terms `partial_ce` and, from its start on, `gated_crf`; see `Method.forward`."""

@@ -137,6 +137,11 @@ class GatedCRFSettings(SparseSettings):
             own stride where it is smaller.
         gate_validity: Leave out pairs with a neighbour in the padding of a crop.
         gate_labelled: Leave out pairs whose receiving pixel is labelled.
+        one_way: Pull pixels towards their neighbours and not these towards them; see `training.losses.gated_crf_loss`.
+        count_padding_pairs: Count pairs with neighbours outside the crop as the released code does without validity
+            gate: changes the value alone, not what is learnt.
+        compatibility: How little two classes go together, a row for each receiving class, 0 on the diagonal; null is
+            the same for any two (Potts).
     """
 
     name: Literal["gated_crf"] = "gated_crf"
@@ -147,6 +152,20 @@ class GatedCRFSettings(SparseSettings):
     stride: Annotated[int, Field(ge=1, le=64)] = 4
     gate_validity: bool = True
     gate_labelled: bool = False
+    one_way: bool = False
+    count_padding_pairs: bool = False
+    compatibility: tuple[tuple[NonNegative, ...], ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.count_padding_pairs and (self.gate_validity or self.compatibility is not None):
+            raise ValueError("count_padding_pairs counts nothing with gate_validity or compatibility; set those off")
+        rows = self.compatibility or ()
+        if any(len(row) != len(rows) for row in rows) or any(row[index] for index, row in enumerate(rows)):
+            raise ValueError(
+                "compatibility: expected a square list of lists, a row a class, with zeros on its diagonal"
+            )
+        return self
 
 
 class DFRSettings(SparseSettings):
