@@ -21,7 +21,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) 
         environment: What `describe_environment` gave.
     """
     head = ("model", "runtime", "device", "px", "p50 ms", "p95 ms", "images/s", "batch")
-    more = ("memory MB", "first mask ms", "overhead", "refinement", "mIoU")
+    more = ("memory MB", "first mask ms", "overhead", "refinement", "mIoU %")
     lines = [f"| {' | '.join((*head, *more))} |", "|" + "---|" * len(head + more)]
     for row in rows:
         if "error" in row:
