@@ -116,7 +116,7 @@ def _train(arguments: argparse.Namespace) -> int:
         before = read_recipe(saved)
         overrides.insert(0, before)
     overrides += [_given(arguments), parse_assignments(arguments.set)]
-    recipe = resolve_recipe(source, arguments.supervision, overrides)
+    recipe = resolve_recipe(source, arguments.supervision, overrides, arguments.resume)
     _check_method(before, recipe, arguments.out)
     try:
         result = run(recipe, source, arguments.out, arguments.resume, not arguments.quiet)

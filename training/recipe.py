@@ -261,6 +261,7 @@ def build_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise RecipeError([f"{source}: {_problem(item)}" for item in error.errors()]) from error
 
 
+TAG_METHODS = ("tags", "sfc", "tscd")
 _CAM_KINDS = ("tokens", "classifier", "shared_feature")
 
 
@@ -282,6 +283,8 @@ def _problem(item: Any) -> str:
         return f"{where}.{kind}: no {'method' if kind == 'name' else kind} '{item['ctx']['tag']}'; " + _nearest(
             item["ctx"]["tag"], known
         )
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping):
+        return f"{where}: {item['msg'].removeprefix('Value error, ')}"  # of several values, which it names
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (found {item['input']!r})"
     known = _known_keys(item["loc"][:-1])
@@ -328,7 +331,8 @@ def default_recipe(
         method: Name of the one that the user chose; its values are in the result if there are any that suit it.
     """
     chosen: dict[str, Any] = {"name": "supervised"}
-    if supervision != "masks":
+    # What somebody calls masks can be strokes: a method for these has its short-run values there too.
+    if supervision != "masks" or method not in (None, "supervised", *TAG_METHODS):
         # The published set-up is for 90 000 iterations. In a short run the loss, if it acts on random predictions,
         # spreads the commonest class; it starts when there is something to spread. A colour width of 0.1 links
         # little but flat areas; a wider one carries labels further.
@@ -347,7 +351,9 @@ def default_recipe(
         if method == "dfr":
             # For the same reasons; the deep kernel waits until features tell classes apart.
             near = {} if supervision == "points" else {"radius": 2, "xy": 2.0}
-            kept = {key: chosen[key] for key in ("class_weights", "absent", "spread", "teacher") if key in chosen}
+            kept: dict[str, Any] = {
+                key: chosen[key] for key in ("class_weights", "absent", "spread", "teacher") if key in chosen
+            }
             chosen = {"name": "dfr", "start": 0.3, "deep_start": 0.5, "rgb": 0.4, **near, **kept}
     if supervision == "tags":
         chosen = {"name": "sfc" if method == "sfc" else "tags"}

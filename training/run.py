@@ -28,7 +28,7 @@ from training.methods.settings import PartialCESettings, SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
 from training.propagation_stage import add_propagated_labels, check_carried
-from training.recipe import Recipe, build_recipe, default_recipe, dump_recipe, merge
+from training.recipe import TAG_METHODS, Recipe, build_recipe, default_recipe, dump_recipe, merge
 from training.refinement_choice import RefinementChoice, choose_refinement
 from training.state import CHECKPOINT
 from training.trainer import Trained, Trainer, device_and_precision
@@ -63,7 +63,9 @@ class RunResult:
     choice: RefinementChoice | None
 
 
-def resolve_recipe(source: DataSource, supervision: str | None, overrides: Sequence[Mapping[str, Any]]) -> Recipe:
+def resolve_recipe(
+    source: DataSource, supervision: str | None, overrides: Sequence[Mapping[str, Any]], resumed: bool = False
+) -> Recipe:
     """Defaults for the supervision and the size of the data set, then `overrides` in order.
 
     Args:
@@ -71,6 +73,7 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
         supervision: From the command line; None takes the overrides' value, else "auto". That becomes the one kind of
             label that all training images with labels have, if there is one: each kind has defaults of its own.
         overrides: A recipe file's values, single assignments, command-line options.
+        resumed: The first of them is a run's own recipe, whose supervision "auto" stands for.
 
     Raises:
         RecipeError: Lists every problem.
@@ -81,17 +84,22 @@ def resolve_recipe(source: DataSource, supervision: str | None, overrides: Seque
     if supervision is not None:
         given["supervision"] = supervision
     split = str(given.get("train_split", "train"))
-    if given.get("supervision", "auto") == "auto" and (kind := _only_kind(source, split)):
-        _log.info("%s: learning from %s, which all its labelled training images have", source.name, kind)
-        given["supervision"] = kind
+    method = given.get("method")
+    asked = method.get("name") if isinstance(method, dict) else None
+    if given.get("supervision", "auto") == "auto":
+        if resumed:
+            given["supervision"] = overrides[0].get("supervision", "auto")
+        elif (kind := _only_kind(source, split)) and (asked is None or (kind == "tags") == (asked in TAG_METHODS)):
+            _log.info("%s: auto means %s here", source.name, kind)
+            given["supervision"] = kind
     model = given.get("model")
     pretrained = not isinstance(model, dict) or model.get("weights") != "none"
     images = len(source.splits.get(split, ()))
-    method = given.get("method")
-    asked = method.get("name") if isinstance(method, dict) else None
     base = default_recipe(
         str(given.get("supervision", "auto")), images, pretrained, has_background(source.classes), asked
     )
+    if isinstance(given.get("optimisation"), dict) and given["optimisation"].get("ema") == 0:
+        base["method"].pop("teacher", None)  # nobody asked for it, and it is the average
     return build_recipe(merge(base, given))
 
 
@@ -163,6 +171,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
     """
     _check_tags(recipe, source)
     _check_average(recipe)
+    _check_classes(recipe, source)
     device_and_precision(recipe)  # before anything is downloaded
     preprocessing = encoder_preprocessing(recipe.model.encoder, recipe.model.encoder_options)
     _check_size(recipe, preprocessing.stride)
@@ -198,7 +207,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
             _log.warning(
                 "%s: %d of %d images have no tags and are left out", source.name, len(names) - len(tagged), len(names)
             )
-        labelled, names, kinds = pseudo, tagged, ("masks",)
+        labelled, names, kinds = pseudo, tuple(tagged), ("masks",)
         resume = resume and (folder / CHECKPOINT).exists()
     dataset = TrainingSet(labelled, names, kinds, recipe.augmentation, recipe.seed)
     settings = recipe.method
@@ -301,6 +310,19 @@ def _check_average(recipe: Recipe) -> None:
             )
 
 
+def _check_classes(recipe: Recipe, source: DataSource) -> None:
+    """A class matrix has the data set's classes.
+
+    Raises:
+        RecipeError: It has others.
+    """
+    matrix = getattr(recipe.method, "compatibility", None)
+    if matrix is not None and len(matrix) != len(source.classes):
+        raise RecipeError(
+            [f"method.compatibility: has {len(matrix)} rows, expected one for each of {len(source.classes)} classes"]
+        )
+
+
 def _check_size(recipe: Recipe, stride: int) -> None:
     """Crops must fit the encoder's grid, and a map on which a loss acts the crops.
 
@@ -308,23 +330,22 @@ def _check_size(recipe: Recipe, stride: int) -> None:
         RecipeError: They do not; the nearest values that do are named.
     """
     size = recipe.augmentation.size
-    coarser = getattr(recipe.method, "stride", 1)
-    # A map of a single pixel has no pairs.
-    fitting = [number for number in range(1, size // 2 + 1) if size % number == 0]
-    if coarser not in fitting:
-        near = sorted(sorted(fitting, key=lambda number: abs(number - coarser))[:2])
-        raise RecipeError(
-            [
-                f"method.stride: {coarser} does not divide augmentation.size, {size}, or leaves a single pixel; use "
-                + " or ".join(str(number) for number in near)
-            ]
-        )
     if size % stride:
         below, above = size // stride * stride, (size // stride + 1) * stride
         near = f"{below} or {above}" if below else f"{above}"
         raise RecipeError(
             [f"augmentation.size: {size} is no multiple of {stride}, which '{recipe.model.encoder}' needs; use {near}"]
         )
+    coarser = getattr(recipe.method, "stride", 1)
+    # A map of a single pixel has no pairs.
+    fitting = [number for number in range(1, size // 2 + 1) if size % number == 0]
+    if coarser not in fitting:
+        fault = (
+            f"leaves a single pixel of a crop of {size}" if coarser == size else f"does not divide the crop's {size}"
+        )
+        nearest = sorted(sorted(fitting, key=lambda number: abs(number - coarser))[:2])
+        use = " or ".join(str(number) for number in nearest)
+        raise RecipeError([f"method.stride: {coarser} {fault} pixels (augmentation.size); use {use}"])
 
 
 def _claim(folder: Path, resume: bool) -> None:
@@ -357,7 +378,7 @@ def _class_counts(dataset: TrainingSet) -> list[int]:
     for name in dataset.names:
         for kind in dataset.kinds_of(name):
             counts += np.bincount(dataset.source.load_labels(name, kind).ravel(), minlength=256)
-    return counts[: len(dataset.source.classes)].tolist()
+    return [int(count) for count in counts[: len(dataset.source.classes)]]
 
 
 def _validation_names(source: DataSource, recipe: Recipe) -> tuple[str, ...]:

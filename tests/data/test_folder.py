@@ -100,7 +100,10 @@ def test_points_json_is_read_where_there_is_no_png(folder_set):
 
 @pytest.mark.parametrize(
     ("point", "message"),
-    [({"x": 64, "y": 0, "cls": 1}, "outside the image of 64x48"), ({"x": 1, "y": 0, "cls": 3}, "a known class")],
+    [
+        ({"x": 64, "y": 0, "cls": 1}, "outside the image of 64x48"),
+        ({"x": 1, "y": 0, "cls": 3}, "unknown class in cls; expected an id below"),
+    ],
 )
 def test_bad_points_are_named(folder_set, point, message):
     (folder_set / "points" / "a.png").unlink()

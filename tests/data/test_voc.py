@@ -71,7 +71,7 @@ def test_tags_come_from_the_boxes(devkit):
 
 
 def test_points_are_read_as_of_whats_the_point(devkit):
-    items = [{"x": 3, "y": 2, "cls": 15}, {"x": 30.6, "y": 20.2, "cls": "tvmonitor", "rank": 1}]
+    items = [{"x": 3, "y": 2, "cls": 15}, {"x": 30.6, "y": 20.2, "cls": "tv", "rank": 1}]
     points = {"2007_000001": items, "2007_000002.jpg": [], "2009_009999": items}
     (devkit / "points.json").write_text(json.dumps(points))
     (devkit / "points").mkdir()

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from training.losses import (
     Kernel,
     block_labels,
+    dense_pair_energy,
     feature_consistency_loss,
     feature_smoothness_loss,
+    gated_crf_loss,
     pair_targets,
+    unlabelled_blocks,
 )
 from wsss_deploy.errors import UsageError
 
@@ -150,8 +153,37 @@ def test_blocks_take_the_label_that_their_labelled_pixels_agree_on():
     labels[0, 4, 0], labels[0, 5, 1] = 0, 1  # disagree
     assert block_labels(labels, (2, 2)).tolist() == [[[3, 2], [255, 255]]]
     assert torch.equal(block_labels(labels, (8, 8)), labels)
-    with pytest.raises(UsageError, match="whole stride"):
-        block_labels(labels, (3, 2))
+    # Cells without any label; the one whose labels disagree has some.
+    assert unlabelled_blocks(labels, (2, 2)).tolist() == [[[False, False], [False, True]]]
+    assert torch.equal(unlabelled_blocks(labels, (8, 8)), labels == 255)
+    for function in (block_labels, unlabelled_blocks):
+        with pytest.raises(UsageError, match="whole stride"):
+            function(labels, (3, 2))
+
+
+KERNELS = (Kernel(1.0, {"xy": 2.0, "rgb": 1.0}),)
+PAIR_LOSSES = {
+    "gated_crf": lambda p, rgb: gated_crf_loss(p, KERNELS, {"rgb": rgb}, 2),
+    "its kernel": lambda p, rgb: gated_crf_loss(p.detach(), KERNELS, {"rgb": p}, 2, kernel_gradient=True),
+    "position alone": lambda p, rgb: gated_crf_loss(p, (Kernel(1.0, {"xy": 2.0}),), {}, 2),
+    "dense": lambda p, rgb: dense_pair_energy(p, KERNELS, {"rgb": rgb}, *torch.ones(2, 1, 1, 5, 6).to(p)),
+    "consistency": lambda p, rgb: feature_consistency_loss(p, (rgb[:, 0] > 0).long(), 2).total,
+}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_second_derivatives_are_an_error_and_not_0(name, scaled):
+    torch.manual_seed(0)
+    x, rgb = torch.randn(1, 3, 5, 6, dtype=torch.double, requires_grad=True), torch.randn(1, 3, 5, 6).double()
+    factor = torch.tensor(2.0, dtype=torch.double, requires_grad=scaled)
+    (plain,) = torch.autograd.grad(factor * PAIR_LOSSES[name](x.softmax(1), rgb), x)
+    (slope,) = torch.autograd.grad(factor * PAIR_LOSSES[name](x.softmax(1), rgb), x, create_graph=True)
+    torch.testing.assert_close(slope, plain)
+    with pytest.raises(UsageError, match="first derivatives only"):
+        torch.autograd.grad(slope.square().sum(), x, retain_graph=True)
+    with pytest.raises(UsageError, match="first derivatives only"):
+        slope.square().sum().backward()
 
 
 def test_predictions_fill_what_is_unlabelled_where_they_are_sure():

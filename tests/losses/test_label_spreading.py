@@ -27,7 +27,7 @@ def by_dijkstra(labels, image, rgb, xy, limit):
                 v, u = y + dy, x + dx
                 if 0 <= v < height and 0 <= u < width and (dy or dx):
                     step = (image[:, y, x] - image[:, v, u]).norm().item() / rgb + math.hypot(dy, dx) / xy
-                    if value + step <= limit * (1 + 1e-6):
+                    if value + step <= limit:
                         heapq.heappush(queue, (value + step, v, u, label))
     out = torch.full_like(labels, 255)
     for (y, x), (_, label) in cost.items():

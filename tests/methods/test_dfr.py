@@ -229,7 +229,7 @@ def test_the_dense_kernel_has_its_gradient_and_keeps_no_pairs():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         dense_pair_energy(p, kernels, {"rgb": rgb}, *gates)
-    assert kept == [p.numel()]
+    assert max(kept) == p.numel()
 
 
 def test_a_cell_whose_labels_contradict_has_no_target():
@@ -250,7 +250,7 @@ def test_a_cell_whose_labels_contradict_has_no_target():
 @pytest.mark.parametrize(("pairs", "distance"), [("predictions", "l1"), ("labels", "cosine")])
 def test_the_heads_loss_is_that_of_its_settings(pairs, distance):
     data = batch()
-    threshold = float(make()[0](data.image).softmax(1).amax(1).median())
+    threshold = make()[0](data.image).softmax(1).amax(1).median().item()
     network, method = make(threshold=threshold, pairs=pairs, distance=distance, head_weight=0.7, head_radius=2)
     features = method.head(network.forward_features(data.image), (16, 16))
     targets = block_labels(data.labels, (16, 16))

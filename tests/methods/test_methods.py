@@ -196,6 +196,7 @@ def test_the_losss_own_switches_reach_it(options):
         ({"count_padding_pairs": True}, "counts nothing with gate_validity"),
         ({"compatibility": ((0.0, 1.0), (1.0,))}, "square list"),
         ({"compatibility": ((0.0, 1.0), (1.0, 0.5))}, "zeros on its diagonal"),
+        ({"compatibility": ((0.0, 1.0), (0.0, 0.0))}, "switches the loss off"),
     ],
 )
 def test_switches_that_do_not_fit_are_refused(options, words):

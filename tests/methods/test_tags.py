@@ -159,10 +159,11 @@ def test_tags_alone_are_learnt_from_without_being_named(tagged, tmp_path, caplog
     shutil.copytree(tagged, data)
     shutil.rmtree(data / "masks")
     source = open_dataset(data)
-    recipe = resolve_recipe(source, None, [])
+    with caplog.at_level("INFO"):
+        recipe = resolve_recipe(source, None, [])
     assert recipe.supervision == "tags"
     assert recipe.method.name == "tags"
-    assert "learning from tags" in caplog.text
+    assert "auto means tags here" in caplog.text
     # With labels of pixels in one image "auto" is what it says, and a training without any says so.
     labelled = open_dataset(tagged)
     assert "masks" in labelled.kinds(labelled.splits["val"][0])

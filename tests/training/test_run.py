@@ -230,20 +230,58 @@ def test_auto_is_the_one_kind_of_label_that_there_is(kept, extra, kind, method, 
         assert recipe.method.propagate is not None
 
 
-@pytest.mark.parametrize(("size", "stride", "words"), [(48, 5, "use 4 or 6"), (48, 48, "use 16 or 24")])
+def test_auto_leaves_labels_alone_that_a_named_method_cannot_learn_from(squares):
+    tagged = SimpleNamespace(
+        name="mine", classes=("background", "cat"), splits={"train": ("a",)}, kinds=lambda name: frozenset({"tags"})
+    )
+    assert resolve_recipe(tagged, "auto", [{"method": {"name": "partial_ce"}}]).supervision == "auto"
+    assert resolve_recipe(tagged, "auto", [{"method": {"name": "tscd"}}]).supervision == "tags"
+    # Strokes that somebody calls masks: the method has the values that it has for scribbles.
+    masks = SimpleNamespace(**vars(tagged) | {"kinds": lambda name: frozenset({"masks"})})
+    found, scribbles = (
+        resolve_recipe(masks, kind, [{"method": {"name": "gated_crf"}}]) for kind in ("auto", "scribbles")
+    )
+    assert found.supervision == "masks"
+    assert found.method == scribbles.method
+    assert resolve_recipe(masks, "auto", []).method.name == "supervised"
+
+
+def test_a_run_goes_on_with_its_own_kind_of_label_whatever_has_been_added(squares, tmp_path, small):
+    """Recipes that were saved as "auto" stay so, too."""
+    source = open_dataset(squares)
+    for saved in ("auto", "scribbles"):
+        before = resolve_recipe(source, saved, [small | {"method": {"name": "partial_ce"}}]).model_dump(mode="json")
+        before["supervision"] = saved
+        for asked in (None, "auto"):
+            recipe = resolve_recipe(source, asked, [before, {}], resumed=True)
+            assert recipe.model_dump(mode="json") == before
+    assert resolve_recipe(source, "masks", [before], resumed=True).supervision == "masks"
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "words"),
+    [
+        (48, 5, r"method.stride: 5 does not divide the crop's 48 pixels .*use 4 or 6"),
+        (48, 48, r"method.stride: 48 leaves a single pixel of a crop of 48 .*use 16 or 24"),
+        (50, 4, r"augmentation.size: 50 is no multiple of .*use 48 or"),
+    ],
+)
 def test_a_stride_that_does_not_fit_the_crop_is_refused_before_the_training(
     squares, tmp_path, small, size, stride, words
 ):
     values = small | {"method": {"name": "gated_crf", "stride": stride}, "augmentation": {"size": size}}
-    with pytest.raises(RecipeError, match=f"method.stride: {stride} does not divide .*{words}"):
+    with pytest.raises(RecipeError, match=words):
         train(squares, tmp_path / "run", values)
 
 
 def test_a_teacher_without_an_average_is_refused_before_anything_is_made(squares, tmp_path, small):
     values = small | {"optimisation": small["optimisation"] | {"ema": 0}}
     with pytest.raises(RecipeError, match=r"method.teacher: needs a moving average.*method.teacher=null"):
-        train(squares, tmp_path / "run", values, "points")
+        train(squares, tmp_path / "run", values | {"method": {"name": "gated_crf", "teacher": {}}}, "points")
     assert not (tmp_path / "run").exists()
+    # Nobody asked for the one of the default.
+    assert resolve_recipe(open_dataset(squares), "points", [small]).method.teacher is not None
+    assert resolve_recipe(open_dataset(squares), "points", [values]).method.teacher is None
 
 
 def test_the_resolved_recipe_repeats_the_run(squares, tmp_path, small):

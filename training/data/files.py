@@ -118,8 +118,14 @@ class FileSource:
         for item in self._points[name]:
             where = f"{self._root / 'points.json'}: '{name}'"
             x, y, index = item.get("x"), item.get("y"), self._class_id(item.get("cls"))
-            if not isinstance(x, int | float) or not isinstance(y, int | float) or index is None:
-                raise DataError(f"{where}: point {item}: expected numbers x and y, and a known class in cls")
+            if not isinstance(x, int | float) or not isinstance(y, int | float):
+                raise DataError(f"{where}: point {item}: expected numbers x and y, pixels from the top left")
+            if index is None:
+                classes = ", ".join(self.classes)
+                raise DataError(
+                    f"{where}: point {item}: unknown class in cls; expected an id below {len(self.classes)} or one of "
+                    f"{classes}"
+                )
             if not (0 <= x < size[1] and 0 <= y < size[0]):
                 raise DataError(f"{where}: point ({x}, {y}) is outside the image of {size[1]}x{size[0]} pixels")
             labels[int(y), int(x)] = index

@@ -110,6 +110,9 @@ class VocSource(FileSource):
                 labels[draw_polyline(size, points, _SCRIBBLE_WIDTH)] = index
         return labels
 
+    def _class_id(self, value: object) -> int | None:
+        return super()._class_id(SHORT_NAMES.get(value, value) if isinstance(value, str) else value)
+
     def _named_class(self, label: str, path: Path) -> int:
         index = self._ids.get(label, self._ids.get(SHORT_NAMES.get(label, "")))
         if index is None:

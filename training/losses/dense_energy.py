@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from training.losses.gated_crf import XY, Kernel
+from wsss_deploy.pairwise.first_order import scaled_once
 
 
 def dense_pair_energy(
@@ -57,23 +57,27 @@ class _Dense(torch.autograd.Function):
         total, gradient = p.new_zeros(()), torch.empty_like(p)
         for index in range(len(p)):
             flat = p[index].flatten(1)
-            affinity = p.new_zeros(flat.shape[1], flat.shape[1])
-            for kernel in kernels:
-                scaled = [given[name][index].flatten(1) / sigma for name, sigma in kernel.sigmas.items()]
-                feature = torch.cat(scaled).T.contiguous()
-                affinity += kernel.weight * torch.exp(-torch.cdist(feature, feature).square() / 2)
-            affinity.fill_diagonal_(0)
+            affinity = _affinity(kernels, {name: maps[index].flatten(1) for name, maps in given.items()})
             s, d = source[index].flatten(), destination[index].flatten()
-            # Both directions of a pair share (d_i s_j + d_j s_i) / 2.
-            affinity = (d[:, None] * affinity * s + s[:, None] * affinity * d) / 2
-            drawn = flat @ affinity
-            total += affinity.sum() - (flat * drawn).sum()
+            # Both directions of a pair share (d_i s_j + d_j s_i) / 2; the affinity is symmetric.
+            drawn = (d * ((s * flat) @ affinity) + s * ((d * flat) @ affinity)) / 2
+            total += d @ (affinity @ s) - (flat * drawn).sum()
             gradient[index] = (-2 * drawn).view_as(p[index])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(p, gradient)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        p, gradient = ctx.saved_tensors
+        return scaled_once(grads[0], gradient, p), None, None, None, None
+
+
+def _affinity(kernels: tuple[Kernel, ...], given: dict[str, Tensor]) -> Tensor:
+    """K of one image, (H W, H W) with zeros on the diagonal, in as few matrices of that size as there can be."""
+    affinity: Tensor | None = None
+    for kernel in kernels:
+        feature = torch.cat([given[name] / sigma for name, sigma in kernel.sigmas.items()]).T.contiguous()
+        link = torch.cdist(feature, feature).square_().mul_(-0.5).exp_().mul_(kernel.weight)
+        affinity = link if affinity is None else affinity.add_(link)
+    assert affinity is not None, "the settings ask for a kernel"
+    return affinity.fill_diagonal_(0)

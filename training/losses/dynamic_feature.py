@@ -42,10 +42,7 @@ def block_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         UsageError: Sizes that do not divide.
     """
-    (height, width), (h, w) = labels.shape[-2:], size
-    if height % h or width % w or height * w != width * h:
-        raise UsageError(f"labels are {height}x{width}, the map {h}x{w}; expected one whole stride on both axes")
-    stride = height // h
+    stride = _stride(labels, size)
     labelled = labels != IGNORE_INDEX
     values = labels.to(torch.float32)  # max_pool2d takes no integers; class ids are exact
     highest = F.max_pool2d(values.masked_fill(~labelled, -1), stride)
@@ -63,9 +60,19 @@ def unlabelled_blocks(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
     Returns:
         bool (N, h, w).
+
+    Raises:
+        UsageError: Sizes that do not divide.
     """
     labelled = (labels != IGNORE_INDEX)[:, None].float()
-    return F.max_pool2d(labelled, labels.shape[-2] // size[0])[:, 0] == 0
+    return F.max_pool2d(labelled, _stride(labels, size))[:, 0] == 0
+
+
+def _stride(labels: Tensor, size: tuple[int, int]) -> int:
+    (height, width), (h, w) = labels.shape[-2:], size
+    if height % h or width % w or height * w != width * h:
+        raise UsageError(f"labels are {height}x{width}, the map {h}x{w}; expected one whole stride on both axes")
+    return int(height // h)
 
 
 def pair_targets(labels: Tensor, probabilities: Tensor | None, threshold: float, free: Tensor | None = None) -> Tensor:

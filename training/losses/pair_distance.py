@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from wsss_deploy.pairwise.first_order import scaled_once
 
 Distance = Literal["l1", "cosine"]
 
@@ -87,16 +88,15 @@ class PairSums(torch.autograd.Function):
                 grad.index_add_(0, pairs.first, two * -slopes[:, None])
                 grad.index_add_(0, pairs.second, one * -slopes[:, None])
         total = parts.sum()
-        ctx.save_for_backward(*(() if grad is None else (grad,)))
+        ctx.save_for_backward(*(() if grad is None else (rows, grad)))
         ctx.mark_non_differentiable(parts)
         return total, parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient to the features."""
-        (kept,) = ctx.saved_tensors
-        return grad * kept, None, None, None
+        rows, kept = ctx.saved_tensors
+        return scaled_once(grad, kept, rows), None, None, None
 
 
 def half_window(radius: int) -> Iterator[tuple[int, int]]:

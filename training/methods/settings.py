@@ -165,6 +165,8 @@ class GatedCRFSettings(SparseSettings):
             raise ValueError(
                 "compatibility: expected a square list of lists, a row a class, with zeros on its diagonal"
             )
+        if not all(sum(row) for row in rows):
+            raise ValueError("compatibility: a row of zeros switches the loss off for its class; give it some above 0")
         return self
 
 
@@ -188,8 +190,8 @@ class DFRSettings(SparseSettings):
         kernel_gradient: Let the regularised loss move the deep features through its kernel; not with `dense`.
             Unsafe: it pushes disagreeing pairs apart.
         dense: In place of the window (`radius`), all pairs of a map whose longer side is at most this; 0 is off. The
-            sum over many more pairs asks for a smaller weight; one image's pairs take 4 times the map's pixels squared
-            in bytes, 1 GB at 128.
+            sum over many more pairs asks for a smaller weight. One image's pairs take three matrices of the map's
+            pixels squared, 0.2 GB at 64 and 16 times that at 128.
         gate: Which pixels receive: "valid" all, "confidence" each with 1 - max P.
         features: Where the head gets its input: "stages" fuses all encoder maps, "last" takes the coarsest,
             "decoder" the map that the decoder (upernet) fuses.
@@ -233,14 +235,10 @@ class DFRSettings(SparseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.weight or self.head_weight):
+        if not (self.weight or self.head_weight or self.auxiliary_weight):
             raise ValueError("weight and head_weight are both 0, which leaves nothing of DFR; take method partial_ce")
         self._refuse_idle(
-            "head_weight: 0 leaves the head out",
-            not self.head_weight,
-            "smooth_weight",
-            "pairs",
-            "distance",
+            "head_weight: 0 leaves the head out", not self.head_weight, "smooth_weight", "pairs", "distance"
         )
         # With it the kernel's gradient ends at the head's input.
         self._refuse_idle(
@@ -253,8 +251,6 @@ class DFRSettings(SparseSettings):
             "gate",
             "kernel",
             "kernel_gradient",
-            "shallow_weight",
-            "deep_weight",
         )
         self._refuse_idle("deep_weight: 0 leaves deep features out", not self.deep_weight, "kernel_gradient")
         if self.weight and self.kernel == "sum" and not (self.shallow_weight or self.deep_weight):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wsss_deploy.pairwise import energy_cuda_form, energy_reference, native
 from wsss_deploy.pairwise.energy_parameters import EnergyParameters
+from wsss_deploy.pairwise.first_order import scaled_once
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,19 +112,16 @@ def _gradients(features: Sequence[Tensor], feature_of_term: Sequence[int], wante
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     _, towards, grads = output
     ctx.wanted = {index for index, want in zip(inputs[5], inputs[6], strict=True) if want}
-    ctx.save_for_backward(towards, *grads)
+    ctx.save_for_backward(inputs[0], towards, *inputs[4], *grads)
 
 
 def _backward(ctx: Any, grad: Tensor, _towards: Any, _grads: Any) -> tuple[Any, ...]:
-    towards, *features = _first_order(ctx, grad)
-    return towards, None, None, None, features, *[None] * 5
-
-
-@once_differentiable
-def _first_order(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients to the probabilities and each map; differentiating them again is an error instead of 0."""
-    towards, *saved = ctx.saved_tensors
-    return grad * towards, *(grad * kept if number in ctx.wanted else None for number, kept in enumerate(saved))
+    probabilities, towards, *saved = ctx.saved_tensors
+    maps, slopes = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    features = [
+        scaled_once(grad, slope, maps[number]) if number in ctx.wanted else None for number, slope in enumerate(slopes)
+    ]
+    return scaled_once(grad, towards, probabilities), None, None, None, features, *[None] * 5
 
 
 pairwise_energy.register_autograd(_backward, setup_context=_context)
