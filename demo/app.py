@@ -14,8 +14,7 @@ from demo.runs import Runs
 from demo.segmenting import Limits
 
 if TYPE_CHECKING:
-    import gradio as gr
-
+    from demo.guard import GuardedBlocks
     from wsss_deploy.segmenter import Segmenter
 
 #: Files that the page made are looked through this often and deleted at this age, in seconds.
@@ -28,7 +27,7 @@ def build_app(
     examples: Sequence[str | os.PathLike[str]] = (),
     limits: Limits | None = None,
     data: str | os.PathLike[str] | None = None,
-) -> gr.Blocks:
+) -> GuardedBlocks:
     """Build the page.
 
     Serve it with `demo.server.make_server`, or mount it into a FastAPI application with
@@ -64,7 +63,8 @@ def build_app(
     folder = None if data is None else AnnotatedFolder(Path(data))
     runs = None if folder is None else Runs(folder.root)
     models = _models(model, runs)
-    with GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE)) as page:
+    page = GuardedBlocks(title=_title(models), analytics_enabled=False, delete_cache=(_CACHE_CHECK, _CACHE_AGE))
+    with page:
         files = PageFiles(Path(page.GRADIO_CACHE))
         lists: list[Any] = []
         with gr.Tabs(elem_id="tabs") as tabs:

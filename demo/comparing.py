@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +143,8 @@ class Unrefined:
         """The result with a refinement, or without any."""
         scores = self.scores
         if settings is not None and settings.parameters.iterations:
-            scores = Refiner(settings, threads=1)(scores[None], self.small[None])[0]
+            small: npt.NDArray[Any] = self.small[None]
+            scores = Refiner(settings, threads=1)(scores[None], small)[0]
         return Segmentation(scores, self.image, self.card.classes, self.card.palette, {})
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ _LABEL_FOLDERS = ("masks", *KINDS)
 
 Labels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
+Read = TypeVar("Read")
 
 
 class Conflict(DataError):
@@ -172,7 +173,7 @@ class AnnotatedFolder:
         """
         return self._read(name, image_size)
 
-    def _read(self, name: object, reader: Callable[[Path], Any]) -> Any:
+    def _read(self, name: object, reader: Callable[[Path], Read]) -> Read:
         path = self.path(name)
         try:
             return reader(path)

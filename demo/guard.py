@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from gradio.blocks import BlockFunction
+from gradio.block_function import BlockFunction
 
 from demo.segmenting import uploaded_file
 from wsss_deploy.errors import ImageError
+
+if TYPE_CHECKING:
+    from demo.runs import Runs
 
 
 class GuardedBlocks(gr.Blocks):
@@ -18,7 +21,12 @@ class GuardedBlocks(gr.Blocks):
 
     Gradio copies every file that a request names into the folder that it serves, and fetches addresses for it. It
     checks the place of such files only in a page that was started by `launch`, not in one that is mounted.
+
+    Attributes:
+        runs: What trains; there only where a folder is annotated.
     """
+
+    runs: Runs
 
     async def preprocess_data(self, block_fn: BlockFunction, inputs: list[Any], *rest: Any, **options: Any) -> Any:
         """As in gradio, unless the request names another file.

@@ -173,6 +173,7 @@ class _Handlers:
             return self._nothing(explain(error))
         kept = shown(result, file.stem, segmenter.card)
         overlay = self._overlay(kept, opacity)
+        image, regions = kept.regions()
         colors = {
             name: "#" + "".join(f"{part:02x}" for part in color)
             for name, color in zip(kept.card.classes, kept.card.palette, strict=True)
@@ -181,7 +182,7 @@ class _Handlers:
             gr.HTML(visible=False),
             gr.Column(visible=True),
             overlay,
-            gr.AnnotatedImage(kept.regions(), color_map=colors),
+            gr.AnnotatedImage((image, [*regions]), color_map=colors),
             self._files.jpeg(confidence_image(result), f"{kept.name}_confidence.jpg"),
             markup.legend(result.legend()),
             self._files.write(f"{kept.name}_mask.png", lambda target: result.mask_image().save(target)),

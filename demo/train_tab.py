@@ -120,12 +120,13 @@ class _Handlers:
         labels = self._labels()
         run: RunStatus | None = None
         problem = ""
+        choice: dict[str, Any] = {"value": chosen} if select or chosen != name else {}
         try:
             run = None if chosen is None else self._runs.status(chosen)
         except WsssError as error:
             problem = markup.problem(str(error), "")
         return (
-            gr.Dropdown(choices=names, visible=bool(names), **({"value": chosen} if select or chosen != name else {})),
+            gr.Dropdown(choices=names, visible=bool(names), **choice),
             labels,
             problem if run is None else _origin(run) + markup.run_status(run),
             "" if run is None else self._charts(run),

@@ -75,7 +75,7 @@ def why_tab(models: Models, limits: Limits, files: PageFiles) -> tuple[Any, Any]
         "concurrency_id": "model",
         "api_visibility": "private",
     }
-    parameters = [steps, sharpness, reach]
+    parameters: list[gr.Slider | gr.Radio] = [steps, sharpness, reach]
     live: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
     # The image is seen through the model's own refinement first; what is set by hand then stays for other images.
     chosen_model = model.input(handlers.own, model, parameters, preprocess=False, api_visibility="private")

@@ -184,7 +184,7 @@ def boundary_band(mask: NDArray[np.bool_], distance: int) -> NDArray[np.bool_]:
         mask: (H, W).
         distance: Pixels, at least 1.
     """
-    depth = distance_transform_cdt(np.pad(mask, 1), metric="chessboard")[1:-1, 1:-1]
+    depth: NDArray[np.int32] = distance_transform_cdt(np.pad(mask, 1), metric="chessboard")[1:-1, 1:-1]
     return mask & (depth <= distance)
 
 
@@ -193,7 +193,7 @@ def evaluate(
     source: DataSource,
     names: Sequence[str],
     split: str,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], object] | None = None,
 ) -> EvaluationResult:
     """Run a model over images and compare with their masks at native size: one scale, no flip, no CRF, no tags.
 

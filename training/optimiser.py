@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from training.recipe import Optimisation
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: Optimisation) -> torch.optim.Optimizer:
     """The optimiser over the encoder (base rate) and everything that starts from scratch (`decoder_factor` times that).
@@ -41,7 +43,8 @@ def _undecayed(encoder: nn.Module) -> frozenset[str]:
 def _groups(
     parameters: Iterable[tuple[str, nn.Parameter]], factor: float, settings: Optimisation, exempt: frozenset[str]
 ) -> list[dict[str, object]]:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
@@ -64,7 +67,8 @@ def learning_rate(iteration: int, settings: Optimisation) -> float:
         start = settings.warmup_start
         return settings.learning_rate * (start + (1 - start) * iteration / warmup)
     rise = min(1.0, (iteration + 1) / warmup)
-    return settings.learning_rate * rise * (1.0 - iteration / settings.iterations) ** settings.power
+    left: float = (1.0 - iteration / settings.iterations) ** settings.power
+    return settings.learning_rate * rise * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -73,7 +77,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """An exponential moving average for `AveragedModel` whose decay rises to its value.
 
     With a fixed decay a short run would end with a good part of its start still in the average. After n states it is
@@ -84,7 +88,7 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
     """
 
     @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averages: Tensors, current: Tensors, count: Tensor | int) -> None:
         seen = float(count)
         weight = 1.0 - min(decay, (1.0 + seen) / (10.0 + seen))
         if averages[0].is_floating_point():

@@ -93,6 +93,7 @@ def choose_refinement(
         result = segmenter.predict(source.load_image(name))
         plain.update(result.mask, truth)
         scores, image = result.network_scores, result.image
+        assert scores is not None, "the card of a training asks for no tiles"
         height, width = scores.shape[1:]
         seen = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         for refiner, evaluator in zip(refiners, refined, strict=True):

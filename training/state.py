@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -20,14 +20,19 @@ from wsss_deploy.artifact import TRAINING_STATE_FORMAT
 from wsss_deploy.errors import TrainingError
 from wsss_deploy.files import atomic_write
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 CHECKPOINT = "checkpoint.pt"
 
 
 def random_state() -> dict[str, Any]:
     """The state of every generator that training draws from."""
-    state = {
+    # The stubs allow for a dictionary, too, which numpy gives of generators other than its own.
+    _, key, position, *_ = cast("tuple[str, NDArray[np.uint32], int, int, float]", np.random.get_state(legacy=True))
+    state: dict[str, Any] = {
         "python": list(random.getstate()[1]),
-        "numpy": [np.random.get_state(legacy=True)[1].tolist(), int(np.random.get_state(legacy=True)[2])],
+        "numpy": [key.tolist(), int(position)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -38,7 +43,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what `random_state` gave."""
     random.setstate((3, tuple(state["python"]), None))
-    np.random.set_state(("MT19937", np.array(state["numpy"][0], dtype=np.uint32), state["numpy"][1]))
+    np.random.set_state(("MT19937", np.array(state["numpy"][0], dtype=np.uint32), state["numpy"][1], 0, 0.0))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -117,7 +117,7 @@ class Trainer:
         self._mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255
         self._average = self._make_average()
-        method.set_teacher(None if self._average is None else self._average.module)
+        method.set_teacher(None if self._average is None else self.network)
         self._best: Best | None = None
         self._iteration = 0
 
@@ -263,6 +263,7 @@ def use_plain_attention(encoder: nn.Module) -> None:
     Args:
         encoder: Changed in place; modules without timm's `fused_attn` switch stay as they are.
     """
+    module: Any
     for module in encoder.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

@@ -65,7 +65,8 @@ def _classifier(head: nn.Module, encoder: Encoder, depth: float, last: int) -> t
         return "cam-plain", last, {"classify.weight": head.classifier.weight}
     assert isinstance(head, CamHead)
     index = head.cam_index(encoder, depth)
-    normalise, classifier = head.classify[head.indices.index(index)]  # type: ignore[misc]
+    pair: Any = head.classify[head.indices.index(index)]
+    normalise, classifier = pair
     # CAMs leave the norm's bias out as they do the classifier's. Odds do not: the classifier's bias is brought into the
     # norm's, whose file has no other place for it; with no more classes than channels it fits exactly.
     offset = torch.zeros_like(normalise.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,7 +59,8 @@ class AttentionTap:
     @property
     def scale(self) -> float:
         """The factor that attention applies to `logits` before its softmax."""
-        return float(self._layers[0].scale)  # type: ignore[arg-type]
+        layer: Any = self._layers[0]
+        return float(layer.scale)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Queries and keys of each layer, (N, heads, n, d) each, n positions row by row."""
@@ -71,16 +73,18 @@ class AttentionTap:
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tokens = inputs[0]
-        heads: int = layer.num_heads  # type: ignore[assignment]
-        if hasattr(layer, "qkv"):
-            query, key, _ = layer.qkv(tokens).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        attention: Any = layer
+        heads: int = attention.num_heads
+        if hasattr(attention, "qkv"):
+            query, key, _ = attention.qkv(tokens).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         else:
-            query = layer.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # type: ignore[operator]
-            key = layer.kv(tokens).unflatten(2, (2, heads, -1))[:, :, 0].transpose(1, 2)  # type: ignore[operator]
+            query = attention.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)
+            key = attention.kv(tokens).unflatten(2, (2, heads, -1))[:, :, 0].transpose(1, 2)
         for name in ("q_norm", "k_norm"):
-            if hasattr(layer, name):
+            if hasattr(attention, name):
                 query, key = (
-                    getattr(layer, name)(part) if name[0] == kind else part for kind, part in (("q", query), ("k", key))
+                    getattr(attention, name)(part) if name[0] == kind else part
+                    for kind, part in (("q", query), ("k", key))
                 )
         self._pairs.append((query[:, :, self._prefix :], key[:, :, self._prefix :]))
 
@@ -98,7 +102,8 @@ def _is_known(layer: nn.Module) -> bool:
 
 def count_heads(encoder: Encoder, layers: int = 2) -> int:
     """Heads of the last layers together; see `AttentionTap`."""
-    return sum(int(layer.num_heads) for layer in attention_layers(encoder)[-layers:])  # type: ignore[call-overload]
+    found: Sequence[Any] = attention_layers(encoder)[-layers:]
+    return sum(int(layer.num_heads) for layer in found)
 
 
 class AffinityHead(nn.Module):

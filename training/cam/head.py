@@ -101,6 +101,7 @@ class CamHead(nn.Module):
             nn.Sequential(LayerNorm2d(maps[index].shape[1]), nn.Conv2d(maps[index].shape[1], classes, 1))
             for index in self.indices
         )
+        layer: Any
         for layer in self.classify:
             # From nothing: a random start would have to be unlearned in the few steps of a short run.
             nn.init.zeros_(layer[1].weight)
@@ -120,7 +121,8 @@ class CamHead(nn.Module):
         Returns:
             (N, K, h, w), of any sign.
         """
-        normalise, classifier = self.classify[self.indices.index(index)]
+        pair: Any = self.classify[self.indices.index(index)]
+        normalise, classifier = pair
         return F.conv2d(normalise(encoder_map) - normalise.bias[:, None, None], classifier.weight)
 
     def pooled(self, scores: Tensor, valid: Tensor) -> Tensor:
@@ -130,7 +132,8 @@ class CamHead(nn.Module):
             scores: (N, K, h, w).
             valid: bool (N, H, W).
         """
-        inside = F.adaptive_avg_pool2d(valid[:, None].float(), scores.shape[-2:])[:, 0]
+        size = (scores.shape[-2], scores.shape[-1])
+        inside = F.adaptive_avg_pool2d(valid[:, None].float(), size)[:, 0]
         return pool_scores(scores.float(), self.pooling, inside)
 
     def cams(

@@ -143,7 +143,7 @@ def refined_labels(image: Tensor, cams: Tensor, tags: Tensor, valid: Tensor, rul
         scores = refine(scores.contiguous(), guide_of(image, rule).to(scores.dtype), rule.refiner)
     high, low = (
         classes.gather(1, _resized(part, image.shape[-2:]).argmax(dim=1).flatten(1)).reshape(valid.shape)
-        for part in scores.split(slots, dim=1)
+        for part in torch.split(scores, slots, dim=1)
     )
     return agreed_labels(high, low, tags, valid)
 

@@ -39,7 +39,7 @@ class Objectness:
     def __init__(self, encoder: Encoder) -> None:
         self.index = depth_index(encoder, DEPTH)
         self._layer: Any = attention_layers(encoder)[self.index]
-        self._prefix = int(encoder.model.num_prefix_tokens)  # type: ignore[arg-type]
+        self._prefix = int(encoder.model.num_prefix_tokens)
         self._seen: Tensor | None = None
         self._hook: Any = None
         self.maps: list[NDArray[np.float32]] = []

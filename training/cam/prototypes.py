@@ -23,7 +23,8 @@ PUBLISHED_SIDES = (128, 128, 256, 256)
 
 def unit_vectors(maps: Tensor) -> Tensor:
     """Vectors over channels (dim 1) divided by their length plus 1e-5."""
-    return maps / (maps.norm(dim=1, keepdim=True) + EPSILON)
+    unit: Tensor = maps / (maps.norm(dim=1, keepdim=True) + EPSILON)
+    return unit
 
 
 def classifier_cams(scores: Tensor, size: tuple[int, int], mask: Tensor | None = None) -> Tensor:
@@ -116,7 +117,8 @@ def prototype_cosines(features: Tensor, class_prototypes: Tensor) -> Tensor:
     flat = features.flatten(2)
     dots = torch.einsum("ncd,ndp->ncp", class_prototypes, flat)
     lengths = class_prototypes.norm(dim=2)[:, :, None] * flat.norm(dim=1)[:, None]
-    return (dots / lengths.clamp(min=1e-8)).reshape(*dots.shape[:2], *features.shape[-2:])
+    cosines: Tensor = (dots / lengths.clamp(min=1e-8)).reshape(*dots.shape[:2], *features.shape[-2:])
+    return cosines
 
 
 def normalise_by_peak(cams: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class TokenCams(CamModel):
     def __init__(self, settings: TokenSettings, encoder: Encoder, num_classes: int) -> None:
         super().__init__(num_classes - 1)
         self.settings = settings
-        self.head = OddsHead(encoder, num_classes - 1, settings.depth, settings.pooling)
+        self.head: OddsHead = OddsHead(encoder, num_classes - 1, settings.depth, settings.pooling)
 
     def cams(self, encoder: Encoder, image: Tensor, tags: Tensor) -> Tensor:
         """Probabilities among the background and the image's own classes; see `CamModel.cams`."""

@@ -36,8 +36,10 @@ class CamModel(nn.Module, ABC):
 
     Attributes:
         knows_background: Whether one minus the sum of its maps is the background's probability.
+        head: The classifier, whose tensors are kept when the training is over.
     """
 
+    head: nn.Module
     knows_background = False
 
     def __init__(self, classes: int) -> None:
@@ -137,7 +139,7 @@ class ClassifierCams(CamMethod):
     def __init__(self, settings: CamSettings, encoder: Encoder, num_classes: int) -> None:
         super().__init__(num_classes - 1)
         self.settings = settings
-        self.head = CamHead(encoder, num_classes - 1, settings.depths, settings.pooling)
+        self.head: CamHead = CamHead(encoder, num_classes - 1, settings.depths, settings.pooling)
 
     def indices(self, encoder: Encoder) -> list[int]:
         """Of the classifiers' depths; see `CamMethod.indices`."""
@@ -196,7 +198,7 @@ class SharedFeatureCams(CamMethod):
         classes = num_classes - 1
         super().__init__(classes)
         self.settings = settings
-        self.head = SharedFeatureHead(
+        self.head: SharedFeatureHead = SharedFeatureHead(
             encoder.channels, classes, settings.sides, settings.background_weight, settings.pooling
         )
         self.bank = ImageBank(classes, size) if settings.bank_draws else None

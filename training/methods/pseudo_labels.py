@@ -101,7 +101,8 @@ class SegmentationRegulariser(torch.nn.Module):
         """Scalar, of logits (N, C, h, w) that are a whole fraction of the image's size."""
         mean, std = (torch.tensor(v, device=logits.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
         rgb = to_units(batch.image.float(), self.preprocessing, mean, std)
-        rgb = F.adaptive_avg_pool2d(rgb, logits.shape[-2:])
-        valid = F.adaptive_avg_pool2d(batch.valid[:, None].float(), logits.shape[-2:])
+        size = (logits.shape[-2], logits.shape[-1])
+        rgb = F.adaptive_avg_pool2d(rgb, size)
+        valid = F.adaptive_avg_pool2d(batch.valid[:, None].float(), size)
         loss: Tensor = self.loss(logits.float().softmax(dim=1), {"rgb": rgb}, mask_src=valid)
         return loss

@@ -79,7 +79,8 @@ class Light:
         half /= np.linalg.norm(half)
         specular = np.clip((half[2] - half[0] * slope_x - half[1] * slope_y) / length, 0, 1) ** 24
         lit = self.ambient + (1.25 - self.ambient) * diffuse / max(float(z), 0.6)
-        return albedo * (lit[..., None] * self.tint) + gloss * specular[..., None]
+        shaded: Array = albedo * (lit[..., None] * self.tint) + gloss * specular[..., None]
+        return shaded
 
 
 def draw_scene(rng: np.random.Generator, size: int = 128) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -172,7 +173,8 @@ def paint_object(
     color = light.shade(paint(rng, u, v), height, placement.kind.gloss)
     color *= (1 - 0.35 * np.exp(-depth * scale / fine))[..., None]  # the rim catches less light
     alpha = _average(inside.astype(np.float32))
-    color = _average(np.clip(color, 0, 1) * inside[..., None]) / np.maximum(alpha, 1e-6)[..., None]
+    least: Array = np.maximum(alpha, 1e-6)
+    color = _average(np.clip(color, 0, 1) * inside[..., None]) / least[..., None]
 
     # A block that reaches over the image's border is cut to what lies inside.
     y0, x0 = max(top, 0), max(left, 0)
@@ -208,4 +210,5 @@ def _average(values: Array) -> Array:
     """Mean over blocks of the fine grid: (s*H, s*W, ...) -> (H, W, ...)."""
     fine = _SUPERSAMPLING
     height, width = values.shape[0] // fine, values.shape[1] // fine
-    return values.reshape(height, fine, width, fine, *values.shape[2:]).mean(axis=(1, 3))
+    means: Array = values.reshape(height, fine, width, fine, *values.shape[2:]).mean(axis=(1, 3))
+    return means

@@ -58,7 +58,8 @@ def _turn(count: int) -> npt.NDArray[np.float64]:
 def _dome(depth: Array, width: float) -> Array:
     """Quarter-circle profile that rises from the edge over `width` and is flat further in."""
     inner = 1 - np.clip(depth / width, 0, 1)
-    return (width * np.sqrt(1 - inner**2)).astype(np.float32)
+    height: Array = (width * np.sqrt(1 - inner**2)).astype(np.float32)
+    return height
 
 
 def _ball(rng: np.random.Generator) -> Outline:
@@ -71,7 +72,8 @@ def _ball_relief(u: Array, v: Array, depth: Array) -> Array:
     for side in (-1, 1):
         seams = np.minimum(seams, np.abs(np.hypot(u - 1.05 * side, v) - 0.7))
     sphere = np.sqrt(np.clip(0.95**2 - u**2 - v**2, 0, None))
-    return (sphere - 0.13 * (seams < 0.055)).astype(np.float32)
+    height: Array = (sphere - 0.13 * (seams < 0.055)).astype(np.float32)
+    return height
 
 
 def _ring(rng: np.random.Generator) -> Outline:
@@ -82,7 +84,8 @@ def _ring(rng: np.random.Generator) -> Outline:
 def _ring_relief(u: Array, v: Array, depth: Array) -> Array:
     # A rope: strands that run slantwise around the ring.
     strands = np.abs(np.sin(7 * np.arctan2(v, u) + 5 * np.hypot(u, v)))
-    return _dome(depth, 0.29) + (0.13 * np.sqrt(strands)).astype(np.float32)
+    height: Array = _dome(depth, 0.29) + (0.13 * np.sqrt(strands)).astype(np.float32)
+    return height
 
 
 def _star(rng: np.random.Generator) -> Outline:
@@ -123,7 +126,8 @@ def _leaf_relief(u: Array, v: Array, depth: Array) -> Array:
     across = np.abs(v)
     veins = np.abs(((u - 0.9 * across) * 2.8) % 1 - 0.5)
     rib = np.clip(across / 0.1, 0, 1)
-    return (0.12 * rib + 0.16 * np.clip(veins * 3, 0, 1) * rib + 0.5 * _dome(depth, 0.3)).astype(np.float32)
+    height: Array = (0.12 * rib + 0.16 * np.clip(veins * 3, 0, 1) * rib + 0.5 * _dome(depth, 0.3)).astype(np.float32)
+    return height
 
 
 def _fish(rng: np.random.Generator) -> Outline:
@@ -145,7 +149,8 @@ def _fish_relief(u: Array, v: Array, depth: Array) -> Array:
     rays = 0.04 * np.cos(v * 28)
     eye = 0.2 * (np.hypot(u - 0.68, v + 0.1) < 0.1)
     skin = np.where(u < -0.35, rays, np.where(u < 0.5, scales, 0.1))
-    return (skin + eye + _dome(depth, 0.42)).astype(np.float32)
+    height: Array = (skin + eye + _dome(depth, 0.42)).astype(np.float32)
+    return height
 
 
 KINDS: tuple[Kind, ...] = (

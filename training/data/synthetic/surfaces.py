@@ -42,11 +42,13 @@ def noise(rng: np.random.Generator, height: int, width: int, cell: float, octave
         smooth = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC, box=box)
         field += 0.5**octave * np.asarray(smooth)
     low, high = field.min(), field.max()
-    return (field - low) / max(high - low, 1e-6)
+    scaled: Array = (field - low) / max(high - low, 1e-6)
+    return scaled
 
 
 def _soft(value: Array, sharpness: float) -> Array:
-    return (0.5 + 0.5 * np.tanh(sharpness * value)).astype(np.float32)
+    weight: Array = (0.5 + 0.5 * np.tanh(sharpness * value)).astype(np.float32)
+    return weight
 
 
 def draw_pattern(rng: np.random.Generator, u: Array, v: Array) -> Array:
@@ -94,5 +96,7 @@ def paint(rng: np.random.Generator, u: Array, v: Array) -> Array:
     first, second = draw_color(rng), draw_color(rng)
     second = first + rng.uniform(0.15, 0.5) * (second - first)
     weight = draw_pattern(rng, u, v)[..., None]
-    grain = 1 + 0.12 * (noise(rng, *u.shape, cell=4.0, octaves=2)[..., None] - 0.5)
-    return np.clip((first * (1 - weight) + second * weight) * grain, 0, 1).astype(np.float32)
+    height, width = u.shape
+    grain = 1 + 0.12 * (noise(rng, height, width, cell=4.0, octaves=2)[..., None] - 0.5)
+    albedo: Array = np.clip((first * (1 - weight) + second * weight) * grain, 0, 1).astype(np.float32)
+    return albedo
