@@ -164,10 +164,10 @@ def test_tags_alone_are_learnt_from_without_being_named(tagged, tmp_path, caplog
     assert recipe.supervision == "tags"
     assert recipe.method.name == "tags"
     assert "auto means tags here" in caplog.text
-    # With labels of pixels in one image "auto" is what it says, and a training without any says so.
+    # With labels of pixels it learns from these, and a training without any says so.
     labelled = open_dataset(tagged)
     assert "masks" in labelled.kinds(labelled.splits["val"][0])
-    assert resolve_recipe(labelled, None, [{"train_split": "val"}]).supervision == "auto"
+    assert resolve_recipe(labelled, None, [{"train_split": "val"}]).supervision == "masks"
     with pytest.raises(DataError, match="6 have tags: use --supervision tags"):
         TrainingSet(source, source.splits["train"], "auto", recipe.augmentation, 0)
 
