@@ -171,7 +171,7 @@ def _resumable(arguments: argparse.Namespace, recipe: Recipe) -> bool:
     from training.recipe import dump_recipe
     from training.run import MODEL, RECIPE
 
-    saved = arguments.out / RECIPE
+    saved: Path = arguments.out / RECIPE
     if not saved.is_file() or (arguments.out / MODEL).exists():
         return False
     return saved.read_text(encoding="utf-8") == dump_recipe(recipe)
