@@ -146,6 +146,19 @@ NO_CLAIM = (
     ("camvid-scribbles-default", "camvid-scribbles-gated"),
     ("acdc-scribbles-default", "acdc-scribbles-gated"),
     ("acdc-scribbles-default", "acdc-scribbles-partial"),
+    ("voc-scribbles-soft", "voc-scribbles-gated"),
+    # DFR's kernel beside the Gated CRF loss's (both at stride 4), its head beside no regularisation, both beside each.
+    *(
+        (f"{prefix}-{better}", f"{prefix}-{worse}")
+        for prefix in ("voc-points", "voc-scribbles", "camvid-scribbles", "acdc-scribbles")
+        for better, worse in (
+            ("dfr-kernel", "gated"),
+            ("dfr-head", "partial"),
+            ("dfr", "gated"),
+            ("dfr", "dfr-kernel"),
+            ("dfr", "dfr-head"),
+        )
+    ),
 )
 
 
