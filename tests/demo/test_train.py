@@ -80,7 +80,7 @@ def test_from_strokes_to_a_model_that_segments(scenes, serve, visit, color_segme
         visitor.open_tab("Segment")
         page.locator("#model input").click()
         page.get_by_role("option", name="run-001/model.onnx").click()
-        page.locator("#header").get_by_text("scenes-auto").wait_for()
+        page.locator("#header").get_by_text("scenes-scribbles").wait_for()
         scored = drawn_on[:3]
         found = [mean_iou(segmented(visitor, folder / "images" / f"{name}.png"), masks[name]) for name in scored]
         only_background = [mean_iou(np.zeros_like(masks[name]), masks[name]) for name in scored]
