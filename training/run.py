@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import sys
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -343,7 +344,8 @@ def _check_size(recipe: Recipe, stride: int) -> None:
         fault = (
             f"leaves a single pixel of a crop of {size}" if coarser == size else f"does not divide the crop's {size}"
         )
-        nearest = sorted(sorted(fitting, key=lambda number: abs(number - coarser))[:2])
+        # The next below and the next above, where there is one.
+        nearest = fitting[bisect(fitting, coarser) - 1 :][:2]
         use = " or ".join(str(number) for number in nearest)
         raise RecipeError([f"method.stride: {coarser} {fault} pixels (augmentation.size); use {use}"])
 
