@@ -32,25 +32,12 @@ from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 
 from training.data.dataset import has_background, open_dataset
+from training.evaluate import Evaluator
 from wsss_deploy import Segmenter
 from wsss_deploy.card import IGNORE_INDEX
 
 BAND = 0.01
 VIEWS = ("as it is", "classes known", "off borders", "both", "objects")
-
-
-def miou(confusion: NDArray[np.int64]) -> float:
-    """Mean IoU over the classes that occur in either map."""
-    hits = np.diag(confusion)
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    return float(np.mean(hits[union > 0] / union[union > 0]))
-
-
-def confusion(truth: NDArray[np.uint8], prediction: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """Pixels by truth (rows) and prediction; those without truth are left out."""
-    known = truth != IGNORE_INDEX
-    pairs = truth[known].astype(np.int64) * classes + prediction[known]
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def off_borders(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -65,11 +52,12 @@ def off_borders(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def measure(model: Path, data: Path, split: str) -> dict[str, float]:
-    """MIoU by view."""
+    """Mean IoU in [0, 1] by view, over the whole split."""
     source, segmenter = open_dataset(data), Segmenter(model, refine=False)
     classes, background = len(source.classes), has_background(source.classes)
-    sums = {view: np.zeros((classes, classes), np.int64) for view in VIEWS[:4]}
-    objects = np.zeros((2, 2), np.int64)
+    evaluators = {view: Evaluator(source.classes) for view in VIEWS[:4]}
+    if background:
+        evaluators[VIEWS[4]] = Evaluator(("background", "object"))
     for name in source.splits[split]:
         truth = source.load_labels(name, "masks")
         result = segmenter.predict(source.load_image(name))
@@ -79,14 +67,14 @@ def measure(model: Path, data: Path, split: str) -> dict[str, float]:
         scores[np.setdiff1d(np.arange(classes), held)] = -1
         known = scores.argmax(0).astype(np.uint8)
         inner = off_borders(truth)
-        for view, mask, predicted in zip(
-            VIEWS[:4], (truth, truth, inner, inner), (result.mask, known, result.mask, known), strict=True
-        ):
-            sums[view] += confusion(mask, predicted, classes)
         extent = np.where(truth == IGNORE_INDEX, IGNORE_INDEX, truth > 0).astype(np.uint8)
-        objects += confusion(extent, (result.mask > 0).astype(np.uint8), 2)
-    found = {view: miou(matrix) for view, matrix in sums.items()}
-    return found | ({"objects": miou(objects)} if background else {})
+        seen = (
+            (result.mask, truth), (known, truth), (result.mask, inner), (known, inner),
+            ((result.mask > 0).astype(np.uint8), extent),
+        )  # fmt: skip
+        for (predicted, mask), evaluator in zip(seen, evaluators.values(), strict=False):
+            evaluator.update(predicted, mask)
+    return {view: evaluator.result().miou for view, evaluator in evaluators.items()}
 
 
 def write_inner(data: Path, copy: Path) -> float:

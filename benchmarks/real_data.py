@@ -73,9 +73,6 @@ SETTINGS = (
     Setting("voc-scribbles-carried-teacher", "voc_animals", "scribbles", "", extra=CARRIED_TEACHER),
     Setting("voc-scribbles-soft", "voc_animals", "scribbles", "soft_labels"),
     Setting("camvid-scribbles-soft", "camvid", "scribbles", "soft_labels"),
-    Setting("acdc-scribbles-soft", "acdc_scribbles", "scribbles", "soft_labels", "foreground_miou"),
-    Setting("voc-scribbles-soft-absent", "voc_animals", "scribbles", "soft_labels", extra=ABSENT),
-    Setting("camvid-scribbles-soft-absent", "camvid", "scribbles", "soft_labels", extra=ABSENT),
     Setting(
         "voc-scribbles-soft-absent-teacher", "voc_animals", "scribbles", "soft_labels", extra=(*ABSENT, *LATE_TEACHER)
     ),

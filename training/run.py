@@ -25,6 +25,7 @@ from training.data.pipeline import TrainingSet
 from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
+from training.methods.base import missing_average
 from training.methods.settings import PartialCESettings, SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
@@ -113,8 +114,10 @@ def _only_kind(source: DataSource, split: str) -> str | None:
     used.discard(frozenset())
     if len(used) > 1:  # images with tags alone are left out where others have labels of pixels
         used.discard(frozenset({"tags"}))
-    (kinds, *others) = used or {frozenset[str]()}
-    return next(iter(kinds)) if len(kinds) == 1 and not others else None
+    if len(used) != 1:
+        return None
+    (kinds,) = used
+    return next(iter(kinds)) if len(kinds) == 1 else None
 
 
 def prepare_source(source: DataSource, recipe: Recipe) -> tuple[DataSource, bool]:
@@ -303,12 +306,7 @@ def _check_average(recipe: Recipe) -> None:
     """
     for option in ("teacher", "correction"):
         if recipe.optimisation.ema == 0 and getattr(recipe.method, option, None) is not None:
-            raise RecipeError(
-                [
-                    f"method.{option}: needs a moving average; set optimisation.ema above 0, say 0.99, or "
-                    f"method.{option}=null"
-                ]
-            )
+            raise missing_average(f"method.{option}")
 
 
 def _check_classes(recipe: Recipe, source: DataSource) -> None:

@@ -278,7 +278,7 @@ def make_fabric(recipe: Recipe) -> Fabric:
     device, precision = device_and_precision(recipe)
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
-    logging.getLogger(Fabric.__module__.partition(".")[0]).setLevel(logging.WARNING)  # it tells of the precision
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells the precision in its own words
     return Fabric(accelerator=device, devices=1, precision=precision)
 
 

@@ -90,6 +90,14 @@ def test_points_are_read_as_of_whats_the_point(devkit):
     assert any(text.startswith("points/: 1 file not read") for text in found)
 
 
+def test_a_class_of_the_sets_own_is_not_taken_for_a_short_name(devkit):
+    (devkit / "classes.txt").write_text("background\ntv\nplane\nmonitor\ntvmonitor\nperson\n")
+    (devkit / "points.json").write_text(json.dumps({"2007_000001": [{"x": 3, "y": 2, "cls": "tv"}]}))
+    source = open_dataset(devkit)
+    assert source.load_labels("2007_000001", "points")[2, 3] == 1
+    assert np.unique(source.load_labels("2007_000001", "scribbles")).tolist() == [0, 2, 3, 255]
+
+
 def test_scribbles_are_drawn_with_their_short_names(devkit):
     source = open_dataset(devkit)
     assert "scribbles" in source.kinds("2007_000001")

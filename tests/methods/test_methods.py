@@ -204,11 +204,6 @@ def test_switches_that_do_not_fit_are_refused(options, words):
         make("gated_crf", **options)
 
 
-def test_a_class_matrix_has_a_row_for_every_class():
-    with pytest.raises(RecipeError, match="has 2 rows, expected one for each of 3 classes"):
-        make("gated_crf", compatibility=((0.0, 1.0), (1.0, 0.0)))
-
-
 def test_a_crops_padding_does_not_shrink_the_loss_of_the_rest():
     network, data = Fixed(torch.randn(2, CLASSES, 8, 8)), batch(labelled=0.0, valid_rows=16)
     on, off = (make("gated_crf", gate_labelled=gate)(network, data, 0.5)["gated_crf"] for gate in (True, False))

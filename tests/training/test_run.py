@@ -275,6 +275,13 @@ def test_a_stride_that_does_not_fit_the_crop_is_refused_before_the_training(
         train(squares, tmp_path / "run", values)
 
 
+def test_a_class_matrix_has_a_row_for_every_class_before_anything_is_made(squares, tmp_path, small):
+    values = small | {"method": {"name": "gated_crf", "compatibility": [[0, 1, 1], [1, 0, 1], [1, 1, 0]]}}
+    with pytest.raises(RecipeError, match="has 3 rows, expected one for each of 2 classes"):
+        train(squares, tmp_path / "run", values)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_without_an_average_is_refused_before_anything_is_made(squares, tmp_path, small):
     values = small | {"optimisation": small["optimisation"] | {"ema": 0}}
     with pytest.raises(RecipeError, match=r"method.teacher: needs a moving average.*method.teacher=null"):

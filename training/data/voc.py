@@ -111,10 +111,12 @@ class VocSource(FileSource):
         return labels
 
     def _class_id(self, value: object) -> int | None:
-        return super()._class_id(SHORT_NAMES.get(value, value) if isinstance(value, str) else value)
+        # A class of the set's own that is called like a short name goes first.
+        found = super()._class_id(value)
+        return super()._class_id(SHORT_NAMES.get(value)) if found is None and isinstance(value, str) else found
 
     def _named_class(self, label: str, path: Path) -> int:
-        index = self._ids.get(label, self._ids.get(SHORT_NAMES.get(label, "")))
+        index = self._class_id(label)
         if index is None:
             raise DataError(f"{path}: unknown class '{label}'; expected one of {', '.join(self.classes)}")
         return index

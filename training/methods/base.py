@@ -102,9 +102,7 @@ class Method(nn.Module, ABC):
         """
         if network is None:
             if self.needs_teacher:
-                raise RecipeError(
-                    [f"{self.teacher_option}: needs a moving average; set optimisation.ema above 0, say 0.99"]
-                )
+                raise missing_average(self.teacher_option)
             return
         if self.needs_teacher:
             self._teacher = (network.eval(),)
@@ -145,3 +143,8 @@ def to_units(image: Tensor, preprocessing: Preprocessing, mean: Tensor, std: Ten
     old_mean, old_std = (torch.tensor(v, device=image.device) for v in (preprocessing.mean, preprocessing.std))
     scale, offset = old_std / std, (old_mean - mean) / std
     return image * scale.view(1, 3, 1, 1) + offset.view(1, 3, 1, 1)
+
+
+def missing_average(option: str) -> RecipeError:
+    """What to say where the recipe's `option` asks for a teacher and `optimisation.ema` is 0."""
+    return RecipeError([f"{option}: needs a moving average; set optimisation.ema above 0, say 0.99, or {option}=null"])

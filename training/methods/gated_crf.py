@@ -11,7 +11,6 @@ from training.methods.base import Batch, MethodContext, start_reached
 from training.methods.settings import GatedCRFSettings, KernelSettings
 from training.methods.sparse import SparseMethod
 from wsss_deploy.card import IGNORE_INDEX
-from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import SegmentationNetwork
 
 
@@ -24,22 +23,12 @@ class GatedCRF(SparseMethod):
     Args:
         settings: From the recipe.
         context: Of the run.
-
-    Raises:
-        RecipeError: A class matrix of another number of classes.
     """
 
     def __init__(self, settings: GatedCRFSettings, context: MethodContext) -> None:
         super().__init__(settings, context)
         self.settings = settings
         matrix = settings.compatibility
-        if matrix is not None and len(matrix) != context.num_classes:
-            raise RecipeError(
-                [
-                    f"method.compatibility: has {len(matrix)} rows, expected one for each of {context.num_classes} "
-                    "classes"
-                ]
-            )
         self.gated_crf = GatedCRFLoss(
             [_kernel(kernel) for kernel in settings.kernels],
             settings.radius,
