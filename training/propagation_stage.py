@@ -13,6 +13,7 @@ import torch
 
 from training.cam.labels import sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
+from training.cam.random_walk import Walk
 from training.cam_stage import LABELS, STAGE, begin_labels, label_key
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
@@ -61,7 +62,8 @@ def add_propagated_labels(
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
     key = label_key(settings.labels, settings.tokens, recipe, _what_the_stage_reads(recipe, settings))
-    begin_labels(folder, f"{key} {settings.least}")
+    walk = None if settings.walk is None else Walk(settings.walk.power, settings.walk.restart)
+    begin_labels(folder, f"{key} {settings.least}" + (f" {walk}" if walk else ""))
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:
         return labelled
@@ -116,7 +118,8 @@ def add_propagated_labels(
             may[0, classes] = True
             with fabric.autocast():
                 view = network_image(image, long_side, preprocessing).to(fabric.device)
-                maps = model.probabilities(encoder, view, may)[:, 1:].cpu()
+                given = torch.from_numpy(own.astype(np.int64))[None].to(fabric.device)
+                maps = model.probabilities(encoder, view, may, given, walk)[:, 1:].cpu()
             found = pseudo_label(image, maps, [index for index in classes if index], rule, sure_labels)
             own = np.where(own == IGNORE_INDEX, found, own)
         write_label(labelled.path(name), own, source.palette)

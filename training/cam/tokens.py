@@ -26,6 +26,7 @@ from training.cam.attention import AttentionTap, attention_layers
 from training.cam.calibration import along_attention, along_correlation, prototype_maps, with_prototypes
 from training.cam.head import CamHead, encode
 from training.cam.objectness import Objectness
+from training.cam.random_walk import Walk, label_parts, random_walk
 from training.methods.cam_methods import CamModel
 from training.methods.tag_settings import TokenSettings
 from wsss_deploy.card import IGNORE_INDEX
@@ -188,13 +189,17 @@ class TokenCams(CamModel):
         return F.pad(odds, (0, 0, 0, 0, 1, 0)).softmax(dim=1)
 
     @torch.no_grad()
-    def probabilities(self, encoder: Encoder, image: Tensor, possible: Tensor) -> Tensor:
+    def probabilities(
+        self, encoder: Encoder, image: Tensor, possible: Tensor, given: Tensor | None = None, walk: Walk | None = None
+    ) -> Tensor:
         """Probabilities among the classes that an image may hold, mean over scales.
 
         Args:
             encoder: In evaluation mode.
             image: Normalised (N, 3, H, W).
             possible: bool (N, C); one class at least in each image.
+            given: Labels of pixels int64 (N, H', W'), 255 = none, from which `walk` carries labels on.
+            walk: How it does; None leaves `given` alone.
 
         Returns:
             (N, C, H, W), 0 for impossible classes.
@@ -206,9 +211,11 @@ class TokenCams(CamModel):
             view = image
             if tuple(sides) != tuple(size):
                 view = F.interpolate(image, size=sides, mode="bilinear", align_corners=False, antialias=True)
-            total += F.interpolate(
-                self._calibrated(encoder, view, possible), size=size, mode="bilinear", align_corners=False
-            )
+            maps, feature = self._calibrated(encoder, view, possible)
+            if walk is not None and given is not None:
+                parts = label_parts(given, (maps.shape[-2], maps.shape[-1]), maps.shape[1])
+                maps = random_walk(maps, feature, parts, walk.power, walk.restart)
+            total += F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
         return total / len(self.settings.scales)
 
     @torch.no_grad()
@@ -222,13 +229,13 @@ class TokenCams(CamModel):
             return None
         return F.interpolate(voted[0][:, 1:], size=image.shape[-2:], mode="bilinear", align_corners=False)
 
-    def _calibrated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> Tensor:
-        """Probabilities (N, C, h, w) of one view's positions."""
+    def _calibrated(self, encoder: Encoder, view: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (N, C, h, w) of one view's positions, and their features as in `_correlated`."""
         maps, feature = self._correlated(encoder, view, possible)
         calibration = self.settings.calibration
-        if calibration is None:
-            return maps
-        return with_prototypes(maps, feature, calibration.seeds, calibration.fusion)
+        if calibration is not None:
+            maps = with_prototypes(maps, feature, calibration.seeds, calibration.fusion)
+        return maps, feature
 
     def _shares_the_last_grid(self, encoder: Encoder) -> bool:
         """Whether the encoder's last blocks have attention over the positions of the CAM."""

@@ -172,6 +172,18 @@ class LabelSettings(_Strict):
         return self
 
 
+class WalkSettings(_Strict):
+    """Labels of an image carried along features that are alike; see `training.cam.random_walk`.
+
+    Attributes:
+        power: The larger, the more alike two positions have to be for a label to go from one to the other.
+        restart: Chance of each step to end with what the classifier says of the place.
+    """
+
+    power: Annotated[float, Field(gt=0, le=100)] = 10.0
+    restart: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+
 class PropagationSettings(_Strict):
     """Labels of a few pixels carried to most others by a linear classifier on a frozen encoder's features.
 
@@ -179,7 +191,9 @@ class PropagationSettings(_Strict):
 
     Attributes:
         tokens: The classifier.
-        labels: How its probabilities become labels.
+        walk: From an image's own labels a random walk goes on to what looks alike, and the classifier has a say at each
+            of its steps; null takes the classifier's word alone.
+        labels: How probabilities become labels.
         least: Least mean recall of given labels of images, a fifth of all, that a classifier learnt on the others has
             not seen. Below it the encoder's features do not tell these classes apart (ImageNet's of heart MRI: 0.66),
             and nothing is carried on.
@@ -189,6 +203,7 @@ class PropagationSettings(_Strict):
     """
 
     tokens: TokenSettings = TokenSettings()
+    walk: WalkSettings | None = None
     labels: LabelSettings = LabelSettings()
     least: Share = 0.75
     alone: bool = False
