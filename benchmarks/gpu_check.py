@@ -71,9 +71,11 @@ class Machine:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.gpu = device, device.type == "cuda"
+        self.gpu = device.type == "cuda"
+        # torch makes no device without a number the current one.
+        self.device = torch.device("cuda", device.index or 0) if self.gpu else device
         if self.gpu:
-            torch.cuda.set_device(device)  # events, streams and memory are those of the current device
+            torch.cuda.set_device(self.device)  # events, streams and memory are those of the current device
         self.side = 512 if self.gpu else 32
         self.repeats = 20 if self.gpu else 1
         self.copy_bandwidth = self._copy_bandwidth()

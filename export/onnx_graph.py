@@ -16,6 +16,7 @@ import torch
 from torch.export import Dim
 
 from export.antialias import write_out_antialiased
+from export.byte_edges import cast_bytes_at_the_edges
 from export.fixed_size import with_fixed_size
 from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
@@ -243,6 +244,7 @@ def _trace(
     assert program is not None  # it is None only for the exporter before dynamo
     proto: onnx.ModelProto = program.model_proto
     write_out_antialiased(proto)
+    cast_bytes_at_the_edges(proto)
     if refinement is not None:
         attach_functions(proto, refinement.parameters)
     return proto
