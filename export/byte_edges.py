@@ -31,7 +31,9 @@ def cast_bytes_at_the_edges(proto: onnx.ModelProto) -> None:
             node.input[index] = as_float.get(name, name)
         if node.op_type == "Cast" and node.output[0] in bytes_out:
             target = f"{node.output[0]}_as_float"
-            nodes.append(helper.make_node("Cast", [node.input[0]], [target], name=f"cast_{target}", to=TensorProto.FLOAT))
+            nodes.append(
+                helper.make_node("Cast", [node.input[0]], [target], name=f"cast_{target}", to=TensorProto.FLOAT)
+            )
             node.input[0] = target
         nodes.append(node)
     del graph.node[:]

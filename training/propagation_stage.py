@@ -118,8 +118,8 @@ def add_propagated_labels(
             may[0, classes] = True
             with fabric.autocast():
                 view = network_image(image, long_side, preprocessing).to(fabric.device)
-                given = torch.from_numpy(own.astype(np.int64))[None].to(fabric.device)
-                maps = model.probabilities(encoder, view, may, given, walk)[:, 1:].cpu()
+                labels = torch.from_numpy(own.astype(np.int64))[None].to(fabric.device)
+                maps = model.probabilities(encoder, view, may, labels, walk)[:, 1:].cpu()
             found = pseudo_label(image, maps, [index for index in classes if index], rule, sure_labels)
             own = np.where(own == IGNORE_INDEX, found, own)
         write_label(labelled.path(name), own, source.palette)

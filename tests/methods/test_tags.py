@@ -338,13 +338,15 @@ def carrying(**options):
     return {"name": "partial_ce", "propagate": {"tokens": TOKENS, "labels": {"sure": 0.0}, "least": 0.0, **options}}
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeypatch, images):
+@pytest.mark.parametrize(("images", "walk"), [(False, None), (True, None), (False, {"restart": 0.1})])
+def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeypatch, images, walk):
     data = write_points(tagged, tmp_path / "data")
     (data / "scribbles").mkdir()
     Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save(data / "scribbles" / "scene3.png")
     source = open_dataset(data)
-    values["method"] = carrying(tokens=TOKENS | {"images": images})
+    walks, do = [], training.cam.tokens.random_walk
+    monkeypatch.setattr(training.cam.tokens, "random_walk", lambda *rest: walks.append(rest[2:]) or do(*rest))
+    values["method"] = carrying(tokens=TOKENS | {"images": images}, walk=walk)
     recipe = resolve_recipe(source, "points", [values])
     folder = tmp_path / "run"
     card, state = load_model(run(recipe, source, folder, show=False).model)
@@ -361,6 +363,9 @@ def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeyp
         assert (labels != 255).mean() > 0.9
     assert checked > 7
     assert radius >= 2, "the patch that is looked at lies in the disc"
+    scales = len(recipe.method.propagate.tokens.scales)
+    assert len(walks) == (scales * len(list((folder / LABELS).glob("*.png"))) if walk else 0)
+    assert all(parts.sum() > 0 and tuple(how) == (10.0, 0.1) for parts, *how in walks)
     (folder / "model.pt").unlink()
     (folder / CHECKPOINT).unlink()
     shutil.rmtree(folder / LABELS)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_check import Machine
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,6 +29,16 @@ def test_every_section_runs(tmp_path):
     assert [row["section"] for row in report["rows"] if row["name"] == "failed"] == []
     assert {row["section"] for row in report["rows"]} == set(sections)
     assert "dry run" in report["device"]
+
+
+def test_a_device_without_a_number_becomes_the_current_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", asked.append, raising=False)
+    monkeypatch.setattr(Machine, "_copy_bandwidth", lambda self: 1.0)
+    assert Machine(torch.device("cuda")).device == torch.device("cuda", 0)
+    assert Machine(torch.device("cuda:1")).device == torch.device("cuda", 1)
+    assert asked == [0, 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
