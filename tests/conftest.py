@@ -96,7 +96,7 @@ LOOP = """
     for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) call
 typedef void* P;
 #ifdef WSSS_KIND
-typedef float* F;
+typedef WSSS_STORAGE* F;
 extern "C" void run_affinity(unsigned blocks, unsigned threads, P g, int n, int c, int h, int w, P o) {
   RUN(wsss_pairwise_affinity(F(g), n, c, h, w, F(o)));
 }
@@ -161,13 +161,14 @@ class Driver(Contexts):
         super().__init__()
         self.folder, self.names = folder, itertools.count()
         self.launches, self.refuse, self.lock = [], None, threading.Lock()
+        (folder / "cuda_fp16.h").write_text("typedef _Float16 __half;\n")
 
     def cuModuleLoadData(self, image):
         assert self.contexts, "a module is loaded into the current context"
         assert image.endswith(b"\0")
         name = f"program{next(self.names)}"
         (self.folder / f"{name}.cpp").write_bytes(EMULATION.encode() + image[:-1] + LOOP.encode())
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"{name}.cpp", "-o", f"{name}.so"]
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-I.", f"{name}.cpp", "-o", f"{name}.so"]
         # A GPU refuses vector loads from other addresses, which this CPU would not.
         command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
         subprocess.run(command, check=True, cwd=self.folder)
@@ -206,7 +207,9 @@ def driver(monkeypatch, tmp_path):
 
     stand_in = Driver(tmp_path)
     monkeypatch.setattr(cuda_launch, "_driver", lambda: stand_in)
-    monkeypatch.setattr(cuda_source, "ptx", lambda parameters, storage, _: cuda_source.source(parameters).encode())
+    monkeypatch.setattr(
+        cuda_source, "ptx", lambda parameters, storage, _: cuda_source.source(parameters, storage).encode()
+    )
     monkeypatch.setattr(cuda_source, "compile_program", lambda text, *_: text.encode())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -17,6 +17,7 @@ from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.pairwise import (
     PairwiseParameters,
     choose,
+    cuda_check,
     cuda_form,
     cuda_launch,
     cuda_source,
@@ -129,12 +130,12 @@ def test_a_refusal_is_an_error_and_takes_the_form_away(driver, monkeypatch):
     masks = torch.rand(1, 2, 4, 4)
     with pytest.raises(BackendError, match=r"driver refuses the pairwise kernels \(700\)"):
         cuda_form.refine(SMALL, masks, masks, None, torch.empty_like(masks))
-    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(cuda_check, "place_of", lambda _: torch.device("cpu"))
     assert "refuses" in cuda_form.check(0)
 
 
 def test_a_form_that_computes_something_else_is_not_offered(driver, monkeypatch):
-    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(cuda_check, "place_of", lambda _: torch.device("cpu"))
     assert cuda_form.check(0) is None
     cuda_form.check.cache_clear()
     step = cuda_form.step

@@ -16,6 +16,7 @@ from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.pairwise import (
     EnergyParameters,
     EnergyTerm,
+    cuda_check,
     energy,
     energy_api,
     energy_cuda_form,
@@ -136,7 +137,7 @@ def test_launches_in_single_precision_without_features(driver):
 
 
 def test_kernels_that_compute_something_else_are_not_offered(driver, monkeypatch):
-    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
+    monkeypatch.setattr(cuda_check, "place_of", lambda _: torch.device("cpu"))
     assert energy_cuda_form.check(0) is None
     energy_cuda_form.check.cache_clear()
     launch = energy_cuda_form.launch

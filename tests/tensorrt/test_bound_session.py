@@ -22,7 +22,7 @@ from wsss_deploy.backends.device_refinement import DeviceRefinement
 from wsss_deploy.backends.onnxruntime_backend import OnnxRuntimeBackend
 from wsss_deploy.card import Refinement
 from wsss_deploy.errors import BackendError, OutOfMemoryError
-from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters, cuda_form
+from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters, cuda_form, cuda_source
 from wsss_deploy.pairwise.cuda_guide import make_guide_at
 from wsss_deploy.pairwise.cuda_launch import Place
 from wsss_deploy.pairwise.guides import make_guide
@@ -201,6 +201,16 @@ def test_what_the_device_cannot_refine_is_refined_by_the_cpu(cuda, tiny_onnx, mo
     assert "differs from the CPU's by" in other.describe()["refinement"]["form_reason"]
     expected = Segmenter(tiny_onnx, device="cpu", refine=DEFAULT).predict(image)
     np.testing.assert_array_equal(other.predict(image).scores, expected.scores)
+
+
+def test_rows_of_whole_groups_of_four_are_checked_too(driver, layer, monkeypatch):
+    right = cuda_source.source
+    before = "Storage(total[c].at[pixel])"
+    assert before in right(PAR)
+    monkeypatch.setattr(cuda_source, "source", lambda *given: right(*given).replace(before, "Storage(0)"))
+    with layer.active():
+        refinement = DeviceRefinement(layer, 0, layer.stream())
+        assert "differs from the CPU's by" in refinement.obstacle(Refinement(parameters=PAR))
 
 
 def test_a_driver_that_refuses_leaves_it_to_the_cpu(cuda, tiny_onnx, driver):

@@ -9,14 +9,14 @@ form on this very device (`check`). `refine_at` works on addresses, for runtimes
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsss_deploy.pairwise import cuda_source
+from wsss_deploy.pairwise.cuda_check import DeviceCheck, Finding
 from wsss_deploy.pairwise.cuda_launch import Place, launch, launch_at
-from wsss_deploy.pairwise.parameters import PairwiseParameters
+from wsss_deploy.pairwise.parameters import GaussianTerm, MeanField, PairwiseParameters
 
 if TYPE_CHECKING:
     import torch
@@ -103,28 +103,38 @@ def refine_at(
     return masks
 
 
-@functools.cache
-def check(device: int) -> str | None:
-    """Why the form cannot be used on a CUDA device, or None if it can: it then equals the torch form there.
-
-    Args:
-        device: Number of the device.
-    """
+def _compare(place: torch.device) -> Iterator[Finding]:
+    """Small problems on which every kernel, both storages, and rows of whole groups of four and others are run."""
     import torch
 
     from wsss_deploy.pairwise import reference
 
-    parameters = PairwiseParameters(dilations=(1, 3), iterations=2)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        place = torch.device("cuda", device)
-        masks, guide = (torch.rand(2, count, 13, 37, generator=generator, device="cpu").to(place) for count in (5, 3))
-        out = torch.empty_like(masks)
-        refine(parameters, masks, guide, None, out)
-        difference = float((out - reference.refine(masks, guide, parameters)).abs().max())
-    except Exception as error:  # whatever ails it, plain torch is there
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
-    return None if difference < 1e-4 else f"its result differs from torch's by {difference:.1e} on this device"
+    # Offsets of each of the three ways in which a step takes four pixels at once.
+    par = PairwiseParameters(dilations=(1, 4, 6), iterations=2)
+    varm = PairwiseParameters(kind="varm", dilations=(1, 4, 6), iterations=2, second_weight=0.5)
+    terms = (GaussianTerm(weight=0.8, sigma_xy=3.0, sigma_rgb=0.5),)
+    mean_field = PairwiseParameters(kind="gaussian", radius=1, iterations=2, terms=terms, mean_field=MeanField())
+    # Each is a program to be compiled, so storages and kinds go together.
+    for parameters, dtype, limit in (
+        (par, torch.float32, 1e-4),
+        (varm, torch.float16, 1e-2),
+        (mean_field, torch.float32, 1e-4),
+    ):
+        for width in (37, 36):
+            generator = torch.Generator().manual_seed(0)
+            masks, guide = (
+                torch.rand(2, count, 13, width, generator=generator, dtype=torch.float32, device="cpu").to(place, dtype)
+                for count in (5, 3)
+            )
+            out = torch.empty_like(masks)
+            refine(parameters, masks, guide, reference.unary_of(masks, parameters), out)
+            difference = (out.float() - reference.refine(masks, guide, parameters).float()).abs().max()
+            kind = str(dtype).removeprefix("torch.")
+            yield f"{parameters.kind}, {kind}, {width} pixels wide", float(difference), limit
+
+
+#: Why the form cannot be used on a CUDA device of a number, None if it can.
+check = DeviceCheck(_compare)
 
 
 @dataclass(frozen=True)

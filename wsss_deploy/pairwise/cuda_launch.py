@@ -10,7 +10,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wsss_deploy.errors import BackendError
+from wsss_deploy.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -54,12 +54,19 @@ def launch(
         outputs: Its last arguments.
 
     Raises:
+        UsageError: A tensor is fake, as in torch.export: it has no memory, and a kernel would write to address 0.
         BackendError: cuda-bindings or NVRTC are missing, the program does not compile, or the driver refuses it.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     first = outputs[0]
     for tensor in (*inputs, *outputs):
+        if isinstance(tensor, FakeTensor):
+            raise UsageError(
+                f"kernel {kernel} was to run on a fake tensor of shape {tuple(tensor.shape)}, which has no data; call "
+                "the operator (torch.ops.wsss, wsss_deploy.pairwise), whose fake kernel gives the shape"
+            )
         assert tensor.is_contiguous()
         assert (tensor.dtype, tensor.device) == (first.dtype, first.device)
     if first.numel() == 0:
