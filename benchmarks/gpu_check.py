@@ -277,9 +277,31 @@ def network_rows(machine: Machine) -> Iterator[Row]:
                 yield Row("network", f"{encoder}, {name}, batch {batch}, {machine.side} px", text)
 
 
-def runtime_rows(machine: Machine) -> Iterator[Row]:
-    """ONNX Runtime and TensorRT through `Segmenter.predict`, against torch."""
+def throughput_rows(machine: Machine, model: Path, name: str, where: str, flops: int, peak: float) -> Iterator[Row]:
+    """Images a second of a runtime, bytes of images in and class ids out, both over the bus."""
     import numpy as np
+
+    segmenter = Segmenter(model, device=where, refine=False)
+    shape = (machine.side, machine.side, 3)
+    for batch in (1, 8, 32) if machine.gpu else (1, 2):
+        images = list(np.random.default_rng(1).integers(0, 256, (batch, *shape), dtype=np.uint8))
+        for _ in range(3 if machine.gpu else 1):
+            segmenter.predict_masks(images)
+        started = time.perf_counter()
+        for _ in range(machine.repeats):
+            segmenter.predict_masks(images)
+        taken = (time.perf_counter() - started) / machine.repeats
+        text = f"{1e3 * taken:.2f} ms, {batch / taken:.0f} images/s"
+        if where != "cpu":
+            text += f", {flops * batch / taken / peak:.0%} of the matmul peak"
+        yield Row("runtimes", f"{name}, {where}, masks of {batch}, {machine.side} px", text)
+
+
+def runtime_rows(machine: Machine) -> Iterator[Row]:
+    """ONNX Runtime and TensorRT through `Segmenter.predict`, against torch; then many images at a time."""
+    import numpy as np
+    from torch.utils.flop_counter import FlopCounterMode
+
     import onnxruntime
 
     encoder = "vit_tiny_patch16_224" if machine.gpu else "test_vit"
@@ -295,16 +317,33 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
     torch.manual_seed(0)
     network = build_network(card.architecture, 21, weights="none")
     image = np.random.default_rng(0).integers(0, 256, (machine.side, machine.side, 3), dtype=np.uint8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        DeployedNetwork(network, preprocessing).eval()(torch.from_numpy(image)[None])
+    flops, peak = counter.get_total_flops(), matmul_peak(machine, torch.float16 if machine.gpu else torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt"
         save_model(model, card, network.state_dict())
         device = str(machine.device)
         expected = {on: Segmenter(model, device=device, refine=on).predict(image).mask for on in (False, True)}
-        for kind, name in (("onnx", "model.onnx"), ("engine", "model.engine")):
+        largest = f"1x64x64/8x{machine.side}x{machine.side}/32x{machine.side}x{machine.side}"
+        many = ("--precision", "fp16", "--shapes", largest)
+        for kind, options in (("onnx", ()), ("engine", ()), ("engine", many)):
+            name = f"model.{kind}" + (" (fp16)" if options else "")
+            exported = Path(folder) / ("many" if options else "") / f"model.{kind}"
             if kind == "engine" and (find_spec("tensorrt") is None or not machine.gpu):
                 yield Row("runtimes", name, "not run: tensorrt is not installed, or no GPU is here")
                 continue
-            command = [sys.executable, "-m", "export.cli", str(model), "--format", kind, "--out", folder]
+            command = [
+                sys.executable,
+                "-m",
+                "export.cli",
+                str(model),
+                "--format",
+                kind,
+                "--out",
+                str(exported.parent),
+                *options,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
@@ -313,8 +352,12 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
             if kind == "onnx" and machine.gpu and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
                 yield Row("runtimes", name, "this ONNX Runtime has no CUDA provider; on the CPU:")
                 where = "cpu"
+            if options or kind == "onnx":
+                yield from throughput_rows(machine, exported, name, where, flops, peak)
+            if options:
+                continue
             for refine, mask in expected.items():
-                segmenter = Segmenter(Path(folder) / name, device=where, refine=refine)
+                segmenter = Segmenter(exported, device=where, refine=refine)
                 agree = float((segmenter.predict(image).mask == mask).mean())
                 started = time.perf_counter()
                 for _ in range(machine.repeats):
