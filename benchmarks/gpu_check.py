@@ -300,9 +300,8 @@ def throughput_rows(machine: Machine, model: Path, name: str, where: str, flops:
 def runtime_rows(machine: Machine) -> Iterator[Row]:
     """ONNX Runtime and TensorRT through `Segmenter.predict`, against torch; then many images at a time."""
     import numpy as np
-    from torch.utils.flop_counter import FlopCounterMode
-
     import onnxruntime
+    from torch.utils.flop_counter import FlopCounterMode
 
     encoder = "vit_tiny_patch16_224" if machine.gpu else "test_vit"
     preprocessing = encoder_preprocessing(encoder, {})
