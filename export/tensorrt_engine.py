@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from wsss_deploy.backends.device_layer import DeviceLayer, open_device
 from wsss_deploy.backends.tensorrt import load_tensorrt
 from wsss_deploy.card import ModelCard, Sizing
 from wsss_deploy.engine_manifest import EngineManifest, Shapes, manifest_path, plugin_digests
-from wsss_deploy.errors import ExportError, UsageError, WsssError
+from wsss_deploy.errors import ExportError, UsageError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.pairwise import ptx_cache
 from wsss_deploy.sizing import network_size
@@ -201,16 +200,18 @@ def _build(trt: Any, content: bytes, shapes: Shapes, layer: DeviceLayer) -> byte
     profile.set_shape("image", *((*shape, 3) for shape in shapes))
     config.add_optimization_profile(profile)
     config.progress_monitor = _monitor(trt)
-    cache_file = ptx_cache.folder().parent / "tensorrt" / f"{trt.__version__}-{layer.compute_capability}.timing"
-    cache = config.create_timing_cache(_read(cache_file))
-    config.set_timing_cache(cache, False)
+    # Timings hold for one kind of GPU only, of which several may share a compute capability.
+    gpu = re.sub(r"[^A-Za-z0-9.-]+", "_", layer.gpu)
+    name = f"{trt.__version__}-{layer.compute_capability}-{gpu}.timing"
+    cache_file = ptx_cache.folder().parent / "tensorrt" / name
+    _attach_timings(config, _read(cache_file))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExportError(
             f"TensorRT {trt.__version__} cannot build the engine: {logger.last or 'no reason given'}; "
             "try smaller --shapes, or --refine none"
         )
-    _write(cache_file, lambda: bytes(memoryview(config.get_timing_cache().serialize())))
+    _keep_timings(config, cache_file)
     return bytes(memoryview(plan))
 
 
@@ -262,11 +263,23 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _write(path: Path, content: Callable[[], bytes]) -> None:
-    """Keep the timing cache; without one the next build is only slower."""
+def _attach_timings(config: Any, content: bytes) -> None:
+    """Give a build the timings of earlier ones, or an empty cache where TensorRT does not take them."""
+    for given in dict.fromkeys((content, b"")):
+        try:
+            cache = config.create_timing_cache(given)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return
+        except Exception as error:  # bindings answer what is damaged by None, False or errors of several kinds
+            _log.debug("a timing cache cannot be used: %s", error)
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    """Keep the timing cache; without one the next build is only slower, so that nothing here may fail an export."""
     try:
         os.makedirs(path.parent, exist_ok=True)
+        content = bytes(memoryview(config.get_timing_cache().serialize()))
         with atomic_write(path) as file:
-            file.write(content())
-    except (OSError, WsssError) as error:
+            file.write(content)
+    except Exception as error:  # as above
         _log.debug("the timing cache cannot be kept: %s", error)

@@ -48,7 +48,44 @@ def test_the_manifest(engine, tiny_onnx, tmp_path):
     assert manifest.shapes == SHAPES
     assert manifest.card.sizing.max_long_side == 128
     assert manifest.card.classes == read_card(tiny_onnx).classes == read_card(engine).classes
-    assert (tmp_path / "cache" / "tensorrt" / "11.4.0-9.0.timing").read_bytes() == b"timings"
+    assert (tmp_path / "cache" / "tensorrt" / "11.4.0-9.0-Stand-in_9000.timing").read_bytes() == b"timings"
+
+
+@pytest.mark.parametrize(
+    "case", ["damaged", "rejected", "refused with an error", "no cache at all", "cannot be read out"]
+)
+def test_a_timing_cache_never_fails_an_export(machine, tiny_onnx, tmp_path, monkeypatch, case):
+    file = tmp_path / "cache" / "tensorrt" / "11.4.0-9.0-Stand-in_9000.timing"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"of another driver")
+    attached = []
+    builder = sys.modules["tensorrt"].Builder
+
+    class Timings(type(builder(None).create_builder_config())):
+        def create_timing_cache(self, content):
+            if case == "no cache at all" or (case == "damaged" and content):
+                return None
+            self.given = content
+            return super().create_timing_cache(content)
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            if cache is None or (case == "refused with an error" and self.given):
+                raise TypeError("incompatible function arguments")
+            if case == "rejected" and self.given:
+                return False
+            attached.append(self.given)
+            return super().set_timing_cache(cache, ignore_mismatch)
+
+        def get_timing_cache(self):
+            return getattr(self, "cache", None) if case != "cannot be read out" else None
+
+    monkeypatch.setattr(builder, "create_builder_config", lambda self: Timings())
+    engine = tmp_path / "model.engine"
+    build_engine(tiny_onnx, engine, SHAPES, "wsss-export")
+    assert read_engine(engine, read_manifest(engine))
+    kept = {"damaged": b"timings", "rejected": b"timings", "refused with an error": b"timings"}
+    assert file.read_bytes() == kept.get(case, b"of another driver")
+    assert attached == {"no cache at all": [], "cannot be read out": [b"of another driver"]}.get(case, [b""])
 
 
 def test_it_gives_what_onnxruntime_gives(engine, tiny_onnx, machine):
