@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from wsss_deploy.card import ModelCard
+from wsss_deploy.card import LARGEST_SIDE, ModelCard, Preprocessing
 from wsss_deploy.errors import ExportError
 
 #: Largest side, in pixels, of a graph of fixed size that nobody asked for.
@@ -22,18 +22,22 @@ def with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard
         source: Name of the model file, for errors.
 
     Raises:
-        ExportError: The size is no multiple of the network's stride.
+        ExportError: The size is no multiple of the network's stride, or larger than a card allows.
     """
     stride = card.preprocessing.stride
+    largest = LARGEST_SIDE // stride * stride
+    if size is not None and size > largest:
+        raise ExportError(f"{source}: size {size} is too large, expected at most {largest}; pass a smaller --size")
     if size is not None and (size < stride or size % stride):
-        near = max(stride, (size + stride // 2) // stride * stride)
+        near = min(max(stride, (size + stride // 2) // stride * stride), largest)
         raise ExportError(f"{source}: size {size} is no multiple of the network's stride {stride}; pass --size {near}")
     if size is None:
         # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
         if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
             return card
         wanted = min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
-        size = -(-wanted // stride) * stride
+        size = min(-(-wanted // stride) * stride, largest)
         _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
-    preprocessing = card.preprocessing.model_copy(update={"fixed_size": size})
+    # Built anew, not copied with a change, which pydantic would not look at.
+    preprocessing = Preprocessing(**{**card.preprocessing.model_dump(), "fixed_size": size})
     return card.model_copy(update={"preprocessing": preprocessing})

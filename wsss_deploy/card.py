@@ -19,6 +19,8 @@ from wsss_deploy.pairwise.parameters import PairwiseParameters
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = 255
+#: Pixels a side of an image or a window that a card may ask a network to see at once.
+LARGEST_SIDE = 16384
 
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
@@ -64,7 +66,7 @@ class Preprocessing(_Plain):
     mean: tuple[_Mean, _Mean, _Mean]
     std: tuple[_Std, _Std, _Std]
     stride: Annotated[int, Field(ge=1, le=1024)]
-    fixed_size: Annotated[int, Field(ge=1, le=16384)] | None = None
+    fixed_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -85,9 +87,9 @@ class Sizing(_Plain):
         overlap: Pixels that neighbouring windows share, at most half a tile.
     """
 
-    long_side: Annotated[int, Field(ge=16, le=16384)] | None = None
-    max_long_side: Annotated[int, Field(ge=16, le=16384)] = 1024
-    tile: Annotated[int, Field(ge=16, le=16384)] | None = None
+    long_side: Annotated[int, Field(ge=16, le=LARGEST_SIDE)] | None = None
+    max_long_side: Annotated[int, Field(ge=16, le=LARGEST_SIDE)] = 1024
+    tile: Annotated[int, Field(ge=16, le=LARGEST_SIDE)] | None = None
     overlap: Annotated[int, Field(ge=0, le=8192)] = 64
 
     @model_validator(mode="after")

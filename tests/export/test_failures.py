@@ -116,6 +116,16 @@ def test_bad_models(write, exported, tmp_path, capfd):
         export_onnx(write(tmp_path / "swin.pt", "swin_tiny_patch4_window7_224"), tmp_path / "out", size=100)
 
 
+@pytest.mark.parametrize("size", [16400, 100000, 100001, 2**70])
+def test_a_size_that_no_card_may_have_is_refused_before_the_work(exported, tmp_path, capsys, monkeypatch, size):
+    monkeypatch.setattr(export.onnx_graph, "load_model", None)
+    with pytest.raises(SystemExit) as ended:
+        main([str(exported() / "model.pt"), "--out", str(tmp_path / "out"), "--size", str(size)])
+    assert ended.value.code == 1
+    assert f"model.pt: size {size} is too large, expected at most 16384; pass a smaller" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_tensors_of_another_network(exported, tmp_path):
     data = torch.load(exported() / "model.pt", weights_only=True)
     data["state_dict"]["decoder.narrow.weight"] = torch.zeros(1)

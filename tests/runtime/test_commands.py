@@ -156,6 +156,7 @@ def test_own_results_are_replaced_and_a_users_files_are_not(folder, color_onnx, 
         ({"--ray": "x", "--opacity": "0.3"}, 2, "--opacity has no effect with --ray"),
         ({"--ray": "x", "--name-column": "c"}, 2, "--name-column has no effect without a table"),
         ({"--tile": "16", "--overlap": "9"}, 2, "overlap is 9 pixels, expected 0 to 8"),
+        ({"--tile": "16385"}, 2, "--tile 16385: expected at most 16384 pixels"),
     ],
 )
 def test_bad_arguments(change, status, message, color_onnx, tmp_path, monkeypatch, capsys):

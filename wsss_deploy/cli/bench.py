@@ -13,6 +13,7 @@ from wsss_deploy.artifact import check_path
 from wsss_deploy.backends import check_device_name
 from wsss_deploy.bench.measure import Case, measure_apart
 from wsss_deploy.bench.report import CEILINGS, FLOORS, markdown, read_limits, short_names, violations
+from wsss_deploy.card import LARGEST_SIDE
 from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.environment import describe_environment
 from wsss_deploy.errors import BackendError, UsageError
@@ -94,8 +95,8 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
             raise UsageError(f"--{option} {value}: expected at least 1")
     sizes = arguments.size or [512]
     for size in sizes:
-        if not 16 <= size <= 16384:
-            raise UsageError(f"--size {size}: expected 16 to 16384 pixels")
+        if not 16 <= size <= LARGEST_SIDE:
+            raise UsageError(f"--size {size}: expected 16 to {LARGEST_SIDE} pixels")
     devices = arguments.device or ["auto"]
     for device in devices:
         check_device_name(device)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from wsss_deploy.artifact import read_card
+from wsss_deploy.card import LARGEST_SIDE, Sizing
 from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.cli.output_names import output_names, replaceable
 from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
@@ -90,8 +91,10 @@ def _predict(arguments: argparse.Namespace) -> int:
         tiling = Tiling(
             arguments.tile, min(64, arguments.tile // 2) if arguments.overlap is None else arguments.overlap
         )
-        sizing = read_card(arguments.model).sizing
-        sizing = sizing.model_copy(update={"tile": tiling.tile, "overlap": tiling.overlap})
+        if tiling.tile > LARGEST_SIDE:
+            raise UsageError(f"--tile {tiling.tile}: expected at most {LARGEST_SIDE} pixels")
+        planned = read_card(arguments.model).sizing.model_dump()
+        sizing = Sizing(**{**planned, "tile": tiling.tile, "overlap": tiling.overlap})
     segmenter = Segmenter(
         arguments.model, arguments.device, threads=arguments.threads, refine=arguments.refine, sizing=sizing
     )
