@@ -25,6 +25,7 @@ from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images, image_name, read_palette
 from wsss_deploy.images import image_size, load_image
 from wsss_deploy.segmentation import write_png
+from wsss_deploy.text import has_controls
 
 logger = logging.getLogger(__name__)
 
@@ -373,6 +374,9 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """
     if "" in classes:
         raise DataError(f"classes: line {list(classes).index('') + 1} is empty, but its number is a class id; name it")
+    for index, name in enumerate(classes):
+        if has_controls(name):
+            raise DataError(f"classes: line {index + 1}, {name!a}, holds control characters; name it without them")
     if len(set(classes)) != len(classes):
         raise DataError("classes: a name occurs twice; expected different names")
     if not 2 <= len(classes) <= 255:

@@ -11,11 +11,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsss_deploy.errors import ArtifactError
 from wsss_deploy.pairwise.guides import Guide
 from wsss_deploy.pairwise.parameters import PairwiseParameters
+from wsss_deploy.text import has_controls, visible
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = 255
@@ -25,6 +26,23 @@ LARGEST_SIDE = 16384
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]
+
+
+def _shown(text: str) -> str:
+    if has_controls(text):
+        raise ValueError(f"{text!a} holds control characters, expected a text of one line; name it without them")
+    return text
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty, expected a name")
+    return text
+
+
+# Cards come from strangers, and their texts reach terminals, pages and tables.
+_Text = Annotated[str, AfterValidator(_shown)]
+_Name = Annotated[_Text, AfterValidator(_named)]
 
 
 class _Plain(BaseModel):
@@ -41,8 +59,8 @@ class Architecture(_Plain):
         encoder_options: Further keyword arguments of the timm model (for example `img_size`).
     """
 
-    encoder: str
-    decoder: str = "mlp"
+    encoder: _Text
+    decoder: _Text = "mlp"
     decoder_width: Annotated[int, Field(ge=8, le=4096)] = 256
     encoder_options: dict[str, Any] = Field(default_factory=dict)
 
@@ -148,27 +166,27 @@ class Protocol(_Plain):
         notes: Anything else by name.
     """
 
-    supervision: tuple[str, ...]
+    supervision: tuple[_Text, ...]
     simulated: bool = False
-    method: str
-    data: str
+    method: _Text
+    data: _Text
     train_images: int
     iterations: int
     batch_size: int
     size: int
     seed: int
-    weights: str
-    selection: str
-    metrics: dict[str, float] = Field(default_factory=dict)
-    notes: dict[str, str] = Field(default_factory=dict)
+    weights: _Text
+    selection: _Text
+    metrics: dict[_Text, float] = Field(default_factory=dict)
+    notes: dict[_Text, _Text] = Field(default_factory=dict)
 
 
 class ModelCard(_Plain):
     """Everything about a model but its tensors; see the module's text."""
 
     format_version: int = FORMAT_VERSION
-    name: str
-    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    name: _Name
+    classes: Annotated[tuple[_Name, ...], Field(min_length=2, max_length=255)]
     palette: tuple[Color, ...]
     architecture: Architecture
     preprocessing: Preprocessing
@@ -176,8 +194,8 @@ class ModelCard(_Plain):
     refinement: Refinement | None = None
     protocol: Protocol | None = None
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    versions: dict[str, str] = Field(default_factory=dict)
-    digests: dict[str, str] = Field(default_factory=dict)
+    versions: dict[_Text, _Text] = Field(default_factory=dict)
+    digests: dict[_Text, _Text] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -218,14 +236,18 @@ class ModelCard(_Plain):
             # Through JSON, so that lists from any container become the tuples that the model declares.
             return cls.model_validate_json(json.dumps(data))
         except (ValidationError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{source}: its model card cannot be used: {_problems(error)}") from error
+            raise ArtifactError(f"{source}: its model card cannot be used: {problems(error)}") from error
 
 
-def _problems(error: Exception) -> str:
+def problems(error: Exception) -> str:
+    """What is wrong with the data of a card, in one line.
+
+    Args:
+        error: What reading or making it raised.
+    """
     if isinstance(error, ValidationError):
-        return "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'card'}: {item['msg']}" for item in error.errors()
-        )
+        told = (f"{'.'.join(map(str, item['loc'])) or 'card'}: {item['msg']}" for item in error.errors())
+        return visible("; ".join(told), keep="")
     return str(error)
 
 

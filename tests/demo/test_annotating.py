@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from demo.annotating import Annotating
-from demo.folder import AnnotatedFolder, Conflict
+from demo.folder import AnnotatedFolder, Conflict, typed_classes
 from demo.registry import Models
 from training.data.dataset import open_dataset
 from wsss_deploy.errors import DataError, ImageError
@@ -200,3 +200,8 @@ def test_two_entries_for_one_image_are_not_chosen_between(data):
         folder.tags("a")
     folder.save_tags("b", [1])
     assert json.loads((data / "tags.json").read_text()) == {**content, "b": [1]}, "both stay for the user to see"
+
+
+def test_class_names_with_control_characters_are_refused():
+    with pytest.raises(DataError, match=r"line 2, 'road\\x1b\[2J', holds control characters"):
+        typed_classes("background\nroad\x1b[2J")

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from wsss_deploy.artifact import KNOWN_SUFFIXES
+from wsss_deploy.card import ModelCard
 from wsss_deploy.cli import bench, doctor, predict
+from wsss_deploy.cli.common import ArgumentParser, run_command
 from wsss_deploy.cli.output_names import output_names
 from wsss_deploy.errors import ImageError
 from wsss_deploy.image_files import find_images
@@ -312,3 +314,15 @@ def test_tensorrt_without_a_driver_cannot_run(tmp_path, monkeypatch):
     found = doctor._inspect_runtime(".engine", "tensorrt")
     assert not found["available"]
     assert "needs an NVIDIA driver, which is not here" in found["reason"]
+
+
+def test_class_names_that_no_card_may_have_are_no_defect(color_card, capsys):
+    def command(arguments):
+        ModelCard.model_validate({**color_card.model_dump(), "classes": ("a", "\x1b[2J", "c")})
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(ArgumentParser("wsss-train", ""), command, [])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "wsss-train: the model's card cannot be made: classes.1: Value error, '\\x1b[2J' holds control" in told
+    assert "defect" not in told

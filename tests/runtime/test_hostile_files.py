@@ -362,6 +362,55 @@ def test_cards_that_break_parsers(text):
         ModelCard.from_plain(text, "the file")
 
 
+PROTOCOL = {
+    "supervision": ["points"],
+    "method": "dfr",
+    "data": "d",
+    "train_images": 1,
+    "iterations": 1,
+    "batch_size": 1,
+}
+PROTOCOL |= {"size": 64, "seed": 0, "weights": "none", "selection": "last"}
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[2Jroad", "a\nb", "a\rb", "\x9b31m", "tab\there", "\u202edaor", "a\u2028b", "\x7f"]
+)
+@pytest.mark.parametrize("place", ["name", "classes", "encoder", "data", "notes", "metrics", "versions", "supervision"])
+def test_texts_of_cards_do_nothing_to_a_terminal(color_card, place, text):
+    content = {**color_card.to_plain(), "protocol": dict(PROTOCOL)}
+    assert ModelCard.from_plain(content, "the file").protocol.data == "d"
+    changes = {"name": {"name": text}, "classes": {"classes": ["a", "b", text]}, "versions": {"versions": {"x": text}}}
+    changes["encoder"] = {"architecture": {"encoder": text}}
+    in_protocol = {"data": {"data": text}, "notes": {"notes": {"n": text}}, "metrics": {"metrics": {text: 1.0}}}
+    in_protocol["supervision"] = {"supervision": [text]}
+    content |= changes.get(place, {"protocol": {**PROTOCOL, **in_protocol.get(place, {})}})
+    message = refusal(ModelCard.from_plain, content, "the file")
+    assert message is not None
+    assert "control characters" in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("change", [{"name": ""}, {"classes": ["a", "", "c"]}, {"classes": ["a", " ", "c"]}])
+def test_names_that_are_empty(color_card, change):
+    with pytest.raises(ArtifactError, match="is empty, expected a name"):
+        ModelCard.from_plain({**color_card.to_plain(), **change}, "the file")
+
+
+def test_names_of_all_languages(color_card):
+    classes = ["Straße", "می‌خواهم", "道路"]  # the second has a joiner, which is no control character
+    assert ModelCard.from_plain({**color_card.to_plain(), "classes": classes}, "x").classes == tuple(classes)
+
+
+def test_what_a_hostile_file_is_called_does_nothing_to_a_terminal(model, tmp_path, capsys):
+    model.graph.node.append(onnx.helper.make_node("\x1b[2J\x9bRun", ["image"], ["y"]))
+    path = saved(model, tmp_path)
+    assert doctor(path, "--device", "cpu") == 1
+    told = "".join(capsys.readouterr())
+    assert r"\x1b[2J\x9bRun" in told
+    assert not {"\x1b", "\x9b"} & set(told)
+
+
 @pytest.mark.parametrize("change", [{"mean": [float("nan")] * 3}, {"mean": [1e300] * 3}, {"std": [1e-300] * 3}])
 def test_normalisation_that_is_no_number(color_card, change):
     content = color_card.to_plain()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from wsss_deploy.errors import WsssError
+from wsss_deploy.text import visible
 
 #: What every command takes that runs a model; not a list of suffixes, since `model.pt` is how a user knows the file.
 MODEL_FILES = "model.pt, model.onnx, model.engine or model.xml"
@@ -78,7 +79,8 @@ def run_command(
     except WsssError as error:
         if arguments.debug:
             raise
-        sys.stderr.write(f"{parser.prog}: {error}\n")
+        # It may quote a file of a stranger, whose control characters are not for the terminal.
+        sys.stderr.write(f"{parser.prog}: {visible(str(error))}\n")
         status = error.exit_status
     except KeyboardInterrupt as interruption:
         if arguments.debug:
@@ -94,8 +96,17 @@ def run_command(
         if arguments.debug:
             raise
         sys.stderr.write(
-            f"{parser.prog}: unexpected {type(error).__name__}: {error}\n"
+            _bad_card(parser.prog, error)
+            or f"{parser.prog}: unexpected {type(error).__name__}: {visible(str(error))}\n"
             "This is a defect of wsss-deploy; run again with --debug to see where it happened.\n"
         )
         status = 1
     sys.exit(status or 0)
+
+
+def _bad_card(prog: str, error: Exception) -> str | None:
+    """What is told of values of a user that no card may have, for example class names; None of other errors."""
+    from wsss_deploy.card import problems
+
+    title = getattr(error, "title", None)
+    return f"{prog}: the model's card cannot be made: {problems(error)}\n" if title == "ModelCard" else None

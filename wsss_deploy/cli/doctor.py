@@ -22,6 +22,7 @@ from wsss_deploy.cli.file_checks import Check, check_file
 from wsss_deploy.environment import cpu_threads, package_versions, query_gpus
 from wsss_deploy.errors import ArtifactError
 from wsss_deploy.pairwise import choose, forms
+from wsss_deploy.text import visible
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -216,7 +217,7 @@ def _print_checks(checks: Sequence[Check]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     marks = {True: "[green]ok[/]", False: "[red]not ok[/]", None: "[yellow]unknown[/]"}
     for check in checks:
-        console.print(f"{marks[check.passed]} {check.name}: {escape(check.detail)}")
+        console.print(f"{marks[check.passed]} {check.name}: {escape(visible(check.detail))}")
 
 
 def _print_model(report: dict[str, Any]) -> None:
