@@ -59,6 +59,17 @@ def test_opcheck(form, wanted):
     torch.library.opcheck(energy_ops.pairwise_energy, arguments)
 
 
+@pytest.mark.parametrize("one_way", [False, True])
+def test_gradients_are_laid_out_as_the_fake_kernel_says(form, one_way):
+    p, features, gates = (
+        [part.to(memory_format=torch.channels_last) for part in parts]
+        for parts in ([data()[0]], data()[1], data()[2].values())
+    )
+    text = SMALL.model_copy(update={"one_way": one_way}).to_json()
+    _, towards, maps = energy_ops.pairwise_energy(*p, *gates, None, features, [0, 1], [True] * 2, text, form, 1)
+    assert all(tensor.is_contiguous() for tensor in (towards, *maps))
+
+
 def test_features_that_need_no_gradient_get_none(form):
     p, features, gates = data()
     features[1].requires_grad_()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -22,10 +24,13 @@ def tensors(scene, **sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["par", "mean-field"])
-def test_opcheck(cases, name, scene, form):
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("par", torch.contiguous_format), ("par", torch.channels_last), ("mean-field", torch.contiguous_format)],
+)
+def test_opcheck(cases, name, scene, form, layout):
     case = cases[name]
-    guide, masks = tensors(scene)
+    guide, masks = (tensor.to(memory_format=layout) for tensor in tensors(scene))
     text = case.to_json()
     weights = affinity(guide, case)
     unary = masks.clone() if case.mean_field else None
@@ -82,6 +87,31 @@ def test_torch_compile_takes_the_public_function_whole(scene):
     expected = masks.detach().clone().requires_grad_()
     refine(expected, guide.detach(), parameters).square().sum().backward()
     torch.testing.assert_close(wanted.grad, expected.grad)
+
+
+@pytest.mark.parametrize("name", ["par", "mean-field"])
+def test_results_are_laid_out_as_the_fake_kernels_say(cases, name, scene, form):
+    case = cases[name]
+    guide, masks = (tensor.to(memory_format=torch.channels_last) for tensor in tensors(scene))
+    text, unary = case.to_json(), masks.clone() if case.mean_field else None
+    weights = torch_ops.pairwise_affinity(guide, text, form, 1)
+    shuffled = weights.to(memory_format=torch.channels_last)
+    found = weights, torch_ops.pairwise_step(masks, shuffled, unary, text, form, 1)
+    for tensor in (*found, torch_ops.pairwise_refine(masks, guide, text, form, 1)):
+        assert tensor.is_contiguous()
+    nothing = case.model_copy(update={"iterations": 0}).to_json()
+    assert torch_ops.pairwise_refine(masks, guide, nothing, form, 1).is_contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inductor_takes_channels_last(scene, dtype):
+    guide, masks = (tensor.to(dtype).to(memory_format=torch.channels_last) for tensor in tensors(scene))
+    parameters = PairwiseParameters(dilations=(1, 2), iterations=2)
+    compiled = torch.compile(lambda m, g: refine(m, g, parameters) * 2, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(masks, guide), refine(masks, guide, parameters) * 2)
 
 
 def test_gradients_flow_through_the_resize(scene):

@@ -64,7 +64,7 @@ def pairwise_energy(
         for index, grad in zip(feature_of_term, grads, strict=True):
             if grad is not None:
                 maps[index] = grad
-        return value, towards, maps
+        return value, towards.contiguous(), maps  # as the fake kernel has it, whatever the inputs' layout
     p, s, d = (tensor.detach().contiguous() for tensor in (probabilities, source, destination))
     maps = [f.detach().contiguous() for f in features]
     grads_out = _gradients(maps, feature_of_term, wanted)

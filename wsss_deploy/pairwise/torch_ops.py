@@ -45,8 +45,8 @@ def parse(parameters: str) -> PairwiseParameters:
 def pairwise_affinity(guide: Tensor, parameters: str, form: str, threads: int) -> Tensor:
     """(N, G, H, W) to (N, K, H, W), see `reference.affinity`."""
     settings = parse(parameters)
-    if form not in _COMPILED:
-        return reference.affinity(guide, settings)
+    if form not in _COMPILED:  # plain torch keeps the layout of its input, the fake kernels below are contiguous
+        return reference.affinity(guide, settings).contiguous()
     weights = guide.new_empty(guide.shape[0], len(settings.offsets), *guide.shape[2:])
     if form == "cuda":
         cuda_form.affinity(settings, guide.detach().contiguous(), weights)
@@ -62,7 +62,7 @@ def pairwise_step(
     """(N, C, H, W) to (N, C, H, W), see `reference.step`."""
     settings = parse(parameters)
     if form not in _COMPILED:
-        return reference.step(masks, weights, settings, unary)
+        return reference.step(masks, weights, settings, unary).contiguous()
     out = masks.new_empty(masks.shape)
     plain = None if unary is None else unary.detach().contiguous()
     inputs = masks.detach().contiguous(), weights.detach().contiguous(), plain
@@ -80,7 +80,8 @@ def pairwise_refine(
     """Masks of the guide's size, (N, C, H, W) to (N, C, H, W), in one call; see `reference.refine`."""
     settings = parse(parameters)
     if form not in _COMPILED:
-        return reference.refine(masks, guide, settings).clone()
+        # Of its own memory, also where there are no steps.
+        return reference.refine(masks, guide, settings).clone(memory_format=torch.contiguous_format)
     out = masks.new_empty(masks.shape)
     plain = masks.detach().contiguous()
     inputs = plain, guide.detach().contiguous(), reference.unary_of(plain, settings)
