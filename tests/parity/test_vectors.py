@@ -7,6 +7,7 @@ image tags (scd_, affinity_, sfc_) are in test_image_level_vectors.py.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,14 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from training.losses import Kernel, feature_consistency_loss, feature_smoothness_loss, gated_crf_loss
-from wsss_deploy.pairwise import PairwiseParameters, affinity, forms, refine
+from wsss_deploy.pairwise import Form, PairwiseParameters, affinity, forms, refine
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def assert_close(name: str, found: torch.Tensor | float, expected: np.ndarray, tolerance: float) -> None:
     """Largest deviation within `tolerance` of the largest expected magnitude; where that is 0, exactly 0."""
-    found = np.asarray(found.detach() if isinstance(found, torch.Tensor) else found, dtype=np.float64)
+    found = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=np.float64)
     expected = np.asarray(expected, dtype=np.float64)
     assert found.shape == expected.shape, f"{name}: shape {found.shape}, expected {expected.shape}"
     error, scale = np.abs(found - expected).max(), np.abs(expected).max()
@@ -117,22 +118,30 @@ def check_precursor(arrays: Arrays) -> None:
         assert_close("grad_feat_reg", features.grad, arrays["grad_feat_reg_f64"], tolerance)
 
 
+# The release keeps its position constants in float32, which the tolerance of float64 allows for.
+PRECISIONS = ((torch.float64, 1e-7), (torch.float32, 1e-5))
+# What a GPU's kernels take (float16 besides), and what they are held to.
+PRECISIONS_ON_CUDA = ((torch.float32, 1e-4),)
+
+
 def check_refiner(kind: str, arrays: Arrays) -> None:
     """par_ and varm_: refined maps, weights and gradients, in every form that can run here."""
     parameters = PairwiseParameters(
         kind=kind, dilations=tuple(arrays["dilations"].tolist()), iterations=int(arrays["num_iter"])
     )
     for form in (form.name for form in forms() if form.available):
-        # The release keeps its position constants in float32, which the tolerance of float64 allows for.
-        for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-5)):
-            guide, masks = (torch.from_numpy(arrays[name]).to(dtype) for name in ("imgs", "masks"))
+        on_cuda = form == "cuda"
+        device, precisions = ("cuda", PRECISIONS_ON_CUDA) if on_cuda else ("cpu", PRECISIONS)
+        for dtype, tolerance in precisions:
+            guide, masks = (torch.from_numpy(arrays[name]).to(device, dtype) for name in ("imgs", "masks"))
             as_given = (masks.numpy(), guide.numpy()) if form == "numpy" else (masks, guide)
             out = refine(*as_given, parameters, form=form)
             assert_close(f"{form} out", torch.as_tensor(out), arrays["out_f64"], tolerance)
             if "weights_f64" in arrays:
                 weights = torch.as_tensor(affinity(as_given[1], parameters, form=form))
                 assert_close(f"{form} weights", weights, arrays["weights_f64"], tolerance)
-        if "cotangent" in arrays and form != "numpy":
+        # Gradients are plain torch's in every form; on a GPU they would be those of float32.
+        if "cotangent" in arrays and form != "numpy" and not on_cuda:
             guide, masks = (torch.from_numpy(arrays[name]).double().requires_grad_() for name in ("imgs", "masks"))
             out = refine(masks, guide, parameters, form=form)
             out.backward(torch.from_numpy(arrays["cotangent"]).double())
@@ -159,6 +168,33 @@ def run_case(name: str, arrays: Arrays) -> None:
 def test_vector(vector_file):
     with np.load(vector_file, allow_pickle=False) as data:
         run_case(vector_file.stem, dict(data))
+
+
+@pytest.mark.parametrize("kind", ["par", "varm"])
+def test_a_gpu_gets_what_its_kernels_take(shared, kind, monkeypatch):
+    """Where there is a GPU, the vectors are met on it; there is none here, so the CPU's kernels stand in."""
+    taken = []
+
+    def moved(tensor, *where):
+        taken.append(where)
+        return to(tensor, *("cpu" if place == "cuda" else place for place in where))
+
+    def on_cuda(function):
+        def run(*arrays, form):
+            assert all(array.dtype == torch.float32 for array in arrays[:-1])
+            return function(*arrays, form="cpu" if form == "cuda" else form)
+
+        return run
+
+    to, module = torch.Tensor.to, sys.modules[__name__]
+    with np.load(shared / "parity" / f"{kind}_05_grad.npz") as data:
+        arrays = dict(data)
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    monkeypatch.setattr(module, "forms", lambda: [Form("cuda", True, "a stand-in")])
+    for function in (refine, affinity):
+        monkeypatch.setattr(module, function.__name__, on_cuda(function))
+    check_refiner(kind, arrays)
+    assert set(taken) == {("cuda", torch.float32)}
 
 
 def test_an_unknown_family_fails():
