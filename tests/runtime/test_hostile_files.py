@@ -447,7 +447,12 @@ def test_doctor_checks_files(tiny_onnx, tiny_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"final_agreement": "abc"}, {"final_agreement": None}, {"verdict": ["passed"]}, {"model_sha256": 3}]
+    "change",
+    [
+        *({"final_agreement": value} for value in ("abc", None, True, float("nan"), float("inf"), -0.1, 1.1, [1])),
+        *({"verdict": value} for value in (["passed"], True, None)),
+        {"model_sha256": 3},
+    ],
 )
 def test_doctor_and_a_damaged_report(tiny_onnx, tmp_path, change):
     model = tmp_path / "model.onnx"

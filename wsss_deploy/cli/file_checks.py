@@ -99,8 +99,13 @@ def _parity(model: Path) -> Check:
         return Check("parity", False, f"{report.name} is damaged; export again")
     if digest != hashlib.sha256(model.read_bytes()).hexdigest():
         return Check("parity", False, f"{report.name} speaks of another file; export again")
-    if verdict not in ("passed", "failed") or not isinstance(agreement, float | int):
+    if verdict not in ("passed", "failed") or not _is_share(agreement):
         return Check("parity", False, f"{report.name} is damaged; export again")
     return Check(
         "parity", verdict == "passed", f"{verdict} against torch, {agreement:.4%} of the pixels agree at least"
     )
+
+
+def _is_share(value: object) -> bool:
+    """Whether a value is a part of a whole; JSON of Python also holds NaN, and a truth value counts as a number."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= 1
