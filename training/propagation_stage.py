@@ -119,7 +119,9 @@ def add_propagated_labels(
             with fabric.autocast():
                 view = network_image(image, long_side, preprocessing).to(fabric.device)
                 labels = torch.from_numpy(own.astype(np.int64))[None].to(fabric.device)
-                maps = model.probabilities(encoder, view, may, labels, walk)[:, 1:].cpu()
+                # Where the background has no label, every walk would arrive at an object.
+                how = walk if classes == classes_of[name] else None
+                maps = model.probabilities(encoder, view, may, labels, how)[:, 1:].cpu()
             found = pseudo_label(image, maps, [index for index in classes if index], rule, sure_labels)
             own = np.where(own == IGNORE_INDEX, found, own)
         write_label(labelled.path(name), own, source.palette)

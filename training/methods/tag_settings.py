@@ -192,7 +192,8 @@ class PropagationSettings(_Strict):
     Attributes:
         tokens: The classifier.
         walk: From an image's own labels a random walk goes on to what looks alike, and the classifier has a say at each
-            of its steps; null takes the classifier's word alone.
+            of its steps; null takes the classifier's word alone, as do images without a label of the background where
+            the set has one.
         labels: How probabilities become labels.
         least: Least mean recall of given labels of images, a fifth of all, that a classifier learnt on the others has
             not seen. Below it the encoder's features do not tell these classes apart (ImageNet's of heart MRI: 0.66),
