@@ -21,13 +21,14 @@ from wsss_deploy.errors import ArtifactError, ImageError, OutOfMemoryError, Usag
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.refinement import Asked, decide
 from wsss_deploy.segmentation import Segmentation
-from wsss_deploy.sizing import network_size
+from wsss_deploy.sizing import is_cut, network_size, resized
 from wsss_deploy.tiling import ArrayWindows, Block, Tiling, WindowReader, joined, predict_blocks
 
 if TYPE_CHECKING:
     from wsss_deploy.networks import SegmentationNetwork
 
-#: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more.
+#: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more, or the
+#: runtime knows better (`Backend`).
 BATCH_PIXELS = 2_000_000
 
 _Item = TypeVar("_Item")
@@ -178,14 +179,13 @@ class Segmenter:
                 raise ImageError(f"image {index + 1} of {len(images)}: {error}") from error
         groups: dict[tuple[int, int], list[int]] = {}
         results: dict[int, Segmentation] = {}
-        tile = self._card.sizing.tile
         for index, item in enumerate(prepared):
-            if tile is not None and max(item.image.shape) > tile:
+            if is_cut(item.image.shape[0], item.image.shape[1], self._card):
                 results[index] = self.predict_tiled(item.image)
                 continue
             groups.setdefault(item.resized.shape[:2], []).append(index)
         for (height, width), members in groups.items():
-            count = max(1, BATCH_PIXELS // (height * width))
+            count = self._at_once(height, width)
             for start in range(0, len(members), count):
                 part = members[start : start + count]
                 results.update(zip(part, _halving(self._infer, [prepared[index] for index in part]), strict=True))
@@ -214,13 +214,12 @@ class Segmenter:
         found: dict[int, npt.NDArray[np.uint8]] = {}
         direct: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(pixels):
-            tile = self._card.sizing.tile
-            tiled = tile is not None and max(image.shape) > tile
+            tiled = is_cut(image.shape[0], image.shape[1], self._card)
             kept = network_size(image.shape[0], image.shape[1], self._card) == image.shape[:2]
             if kept and not tiled and self._refiner is None:
                 direct.setdefault(image.shape, []).append(index)
         for (height, width, _), members in direct.items():
-            count = max(1, BATCH_PIXELS // (height * width))
+            count = self._at_once(height, width)
             for start in range(0, len(members), count):
                 part = members[start : start + count]
                 masks = _halving(lambda batch: list(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
@@ -344,11 +343,13 @@ class Segmenter:
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
         image = load_image(source)
-        height, width = network_size(image.shape[0], image.shape[1], self._card)
-        resized = image
-        if (height, width) != image.shape[:2]:
-            resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        return _Prepared(image, resized, _milliseconds(start))
+        seen = resized(image, self._card)
+        return _Prepared(image, seen, _milliseconds(start))
+
+    def _at_once(self, height: int, width: int) -> int:
+        """Images of one size that are given to the runtime together."""
+        budget: Callable[[int, int], int] | None = getattr(self._backend, "batch_budget", None)
+        return max(1, BATCH_PIXELS // (height * width)) if budget is None else budget(height, width)
 
     def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
         start = time.perf_counter()

@@ -169,6 +169,28 @@ def test_batches_of_one_call_overlap(engine, tiny_onnx, lazy_machine):
         assert not layer.work, "nothing is left in a stream"
 
 
+@pytest.mark.parametrize("method", ["predict_masks", "predict_batch"])
+def test_batches_overlap_with_default_shapes(tiny_onnx, tmp_path, lazy_machine, method):
+    path = tmp_path / "model.engine"
+    build_engine(tiny_onnx, path, None, "wsss-export")
+    segmenter = Segmenter(path)
+    layer = lazy_machine[-1]
+    images = [pattern_image(512, 512, seed) for seed in range(32)]
+    assert len(getattr(segmenter, method)(images)) == 32
+    told = [event for event in layer.events if isinstance(event, tuple)]
+    first, second = dict.fromkeys(handle for _, handle in told)
+    before = told[: told.index(("wait", first))]
+    assert ("network", second) in before, "the second batch is there before the first one is waited for"
+    assert sum(name == "network" for name, _ in told) == 4, "of eight images each"
+    uploads = [index for index, event in enumerate(told) if event[0] == "upload"]
+    assert uploads[2] < told.index(("wait", second)), "and the third one while the second one runs"
+
+
+@pytest.mark.parametrize(("side", "images"), [(16, 16), (512, 16), (1448, 16), (1500, 12), (4000, 2), (9000, 1)])
+def test_images_of_one_call(engine, side, images):
+    assert TensorRTBackend(engine, "cuda").batch_budget(side, side) == images
+
+
 def test_a_failure_leaves_nothing_in_the_other_slot(engine, tiny_onnx, lazy_machine, monkeypatch):
     ours, theirs = TensorRTBackend(engine, "cuda"), Segmenter(tiny_onnx, device="cpu", threads=1)
     layer, wait = lazy_machine[-1], lazy_machine[-1].wait

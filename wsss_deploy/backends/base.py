@@ -31,6 +31,9 @@ class Output(NamedTuple):
 class Backend(Protocol):
     """A model that is loaded in one runtime. `run` may be called from many threads.
 
+    A runtime that cuts what it is given into batches itself may also have `batch_budget(height, width)`: how many
+    images of that size it wants at once. Others get as many as `wsss_deploy.segmenter.BATCH_PIXELS` allows.
+
     Attributes:
         name: "torch", "onnxruntime", "tensorrt" or "openvino".
         device: Where it really runs: "cpu", "cuda:0", ...

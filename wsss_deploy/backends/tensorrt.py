@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 SLOTS = 2
 _Finish: TypeAlias = Callable[[], "tuple[npt.NDArray[Any], float | None]"]
+#: The engine's largest batches that one call takes (two in each slot, so that both stay busy), and pixels whose scores
+#: lie in the host's memory together.
+_BATCHES, _PIXELS = 2 * SLOTS, 2**25
 #: Calls with the same shape after which a slot records a graph; the first ones set kernels up.
 _WARM = 2
 
@@ -85,6 +88,17 @@ class TensorRTBackend:
         """Class ids, see `Backend.masks`: nothing else leaves the device."""
         found: npt.NDArray[np.uint8] = self._batches("mask", images)[0]
         return found
+
+    def batch_budget(self, height: int, width: int) -> int:
+        """Images of a size to give to one call: enough for all slots, whole batches where there are several.
+
+        Args:
+            height: Of the images.
+            width: Of the images.
+        """
+        most = self._manifest.shapes[2][0]
+        count = min(_BATCHES * most, max(1, _PIXELS // (height * width)))
+        return count if count < most else count // most * most
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""
