@@ -22,7 +22,8 @@ def with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard
         source: Name of the model file, for errors.
 
     Raises:
-        ExportError: The size is no multiple of the network's stride, or larger than a card allows.
+        ExportError: The size is no multiple of the network's stride, larger than a card allows, or smaller than its
+            windows.
     """
     stride = card.preprocessing.stride
     largest = LARGEST_SIDE // stride * stride
@@ -35,9 +36,15 @@ def with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard
         # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
         if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
             return card
-        wanted = min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
+        wanted = min(card.sizing.tile or card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
         size = min(-(-wanted // stride) * stride, largest)
         _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
+    tile = card.sizing.tile or 0
+    if tile > size:
+        raise ExportError(
+            f"{source}: its card cuts images into windows of {tile} pixels, which a graph of size {size} cannot take; "
+            f"pass --size {-(-tile // stride) * stride} or more"
+        )
     # Built anew, not copied with a change, which pydantic would not look at.
     preprocessing = Preprocessing(**{**card.preprocessing.model_dump(), "fixed_size": size})
     return card.model_copy(update={"preprocessing": preprocessing})

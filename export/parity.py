@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from export.patterns import MOST_IMAGES, pattern_image
 from wsss_deploy import Segmenter, __version__
@@ -29,7 +28,8 @@ from wsss_deploy.engine_manifest import read_manifest
 from wsss_deploy.errors import ParityError
 from wsss_deploy.images import load_image
 from wsss_deploy.networks import DeployedNetwork, RefinedNetwork, restore_network
-from wsss_deploy.sizing import network_size
+from wsss_deploy.sizing import seen_size
+from wsss_deploy.tiling import seen_parts
 
 # Read when onnxruntime is imported: an export reports to nobody.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -37,6 +37,8 @@ import onnxruntime
 
 REPORT_FAILED = "parity_failed.json"
 MOST_LABELLED = 50
+#: Windows of an image that is cut into them; whole masks, of all windows, are compared besides.
+MOST_WINDOWS = 4
 #: Share of the compared pixels below which a class's IoU is that of a few pixels, and chance.
 SMALLEST_CLASS = 0.001
 PATTERN = "pattern"
@@ -233,7 +235,7 @@ def check_parity(
     seen = [
         (name, image)
         for name, image in (*real, *photos)
-        if session.accepts((1, *network_size(image.shape[0], image.shape[1], card)))
+        if session.accepts((1, *seen_size(image.shape[0], image.shape[1], card)))
     ]
     final = tuple(_final(*both, seen))
     if not cases or not final:
@@ -372,7 +374,7 @@ _AnySession = _Session | _EngineSession | _OpenVinoSession
 
 def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[tuple[str, _Images]]:
     stride = card.preprocessing.stride
-    high, wide = network_size(480, 640, card)
+    high, wide = seen_size(480, 640, card)
     sizes = [
         (1, high, wide),
         (2, 3 * stride + 5, 4 * stride - 1),
@@ -386,9 +388,8 @@ def _batches(card: ModelCard, real: Sequence[tuple[str, _Images]]) -> Iterator[t
             continue
         yield PATTERN, np.stack([pattern_image(height, width, seed) for seed in range(count)])
     for name, image in real:
-        height, width = network_size(image.shape[0], image.shape[1], card)
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-        yield name, np.array(resized)[None]
+        for seen in seen_parts(image, card, MOST_WINDOWS):
+            yield name, np.array(seen)[None]
 
 
 def _compare(reference: _Network, session: _AnySession, source: str, batch: _Images, thresholds: Thresholds) -> Case:

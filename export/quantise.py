@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-from PIL import Image
 
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ExportError, ImageError
 from wsss_deploy.images import load_image
-from wsss_deploy.sizing import network_size
+from wsss_deploy.tiling import seen_parts
 
 #: Images that the ranges come from; more take longer and change little.
 MOST_IMAGES = 32
+#: Windows of an image that is cut into them.
+MOST_WINDOWS = 4
 #: What stays in float besides the rest, from least to most; see `_left_out`.
 LADDER = (
     "the attention and the ends",
@@ -59,7 +60,7 @@ def quantise(proto: onnx.ModelProto, card: ModelCard, images: Sequence[Path], ru
 
     Args:
         proto: The graph; unchanged.
-        card: Its card: the size at which images are seen.
+        card: Its card: the size at which images are seen, and whether in windows.
         images: What to calibrate on; the first `MOST_IMAGES`, which should be like those that will be segmented.
         rung: Number of a step of `LADDER`.
 
@@ -141,16 +142,15 @@ def _after_activation(node: onnx.NodeProto, made_by: dict[str, Any], weights: se
 
 
 class _Reader:
-    """Calibration images as onnxruntime asks for them, one at a time."""
+    """What the network sees of the calibration images, as onnxruntime asks for it: one at a time."""
 
     def __init__(self, card: ModelCard, images: Sequence[Path]) -> None:
         self._images = self._read(card, images[:MOST_IMAGES])
 
     def _read(self, card: ModelCard, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
         for path in images:
-            image = load_image(path)
-            height, width = network_size(image.shape[0], image.shape[1], card)
-            yield {"image": np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))[None]}
+            for seen in seen_parts(load_image(path), card, MOST_WINDOWS):
+                yield {"image": np.ascontiguousarray(seen)[None]}
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._images, None)

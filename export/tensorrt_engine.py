@@ -23,7 +23,7 @@ from wsss_deploy.engine_manifest import EngineManifest, Shapes, manifest_path, p
 from wsss_deploy.errors import ExportError, UsageError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.pairwise import ptx_cache
-from wsss_deploy.sizing import network_size
+from wsss_deploy.sizing import seen_size
 
 #: Releases with ahead-of-time Python plugins and strongly typed networks.
 OLDEST = (10, 9)
@@ -86,11 +86,7 @@ def check_shapes(shapes: Shapes, card: ModelCard) -> None:
     if min(high[1:]) < max(stride, 16):
         raise UsageError(f"--shapes {text}: expected at least {max(stride, 16)} pixels a side of MAX")
     limited = _within(card, shapes)
-    tile = limited.sizing.tile
-    planned = {
-        size: (tile, tile) if tile is not None and max(size) > tile else network_size(*size, limited)
-        for size in ORDINARY
-    }
+    planned = {size: seen_size(*size, limited) for size in ORDINARY}
     outside = [
         f"{height} x {width} becomes {planned[height, width][0]} x {planned[height, width][1]}"
         for height, width in ORDINARY

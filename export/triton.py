@@ -21,7 +21,7 @@ from wsss_deploy.card import ModelCard
 from wsss_deploy.engine_manifest import Shapes, read_manifest
 from wsss_deploy.errors import ExportError, UsageError
 from wsss_deploy.files import atomic_write
-from wsss_deploy.sizing import network_size
+from wsss_deploy.sizing import seen_size
 
 CONFIG = "config.pbtxt"
 #: Images that Triton puts together where nobody says another number.
@@ -139,7 +139,7 @@ def config_text(
         shapes: Smallest, best and largest of an engine; the warm-up stays within.
     """
     platform, file_name = _PLATFORMS[suffix]
-    height, width = network_size(480, 640, card)
+    height, width = seen_size(480, 640, card)
     if shapes is not None:
         (_, low_height, low_width), _, (_, most_height, most_width) = shapes
         height, width = min(max(height, low_height), most_height), min(max(width, low_width), most_width)

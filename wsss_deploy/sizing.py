@@ -1,6 +1,10 @@
-"""The size at which the network sees an image."""
+"""What the network sees of an image: at which size, and whether whole or in windows."""
 
 from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from wsss_deploy.card import ModelCard
 
@@ -41,3 +45,47 @@ def network_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
         return min(max(strides, 1), max(most // stride, 1)) * stride
 
     return side(height), side(width)
+
+
+def is_cut(height: int, width: int, card: ModelCard) -> bool:
+    """Whether an image goes into the network in windows (`wsss_deploy.tiling`), not whole.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        card: The model's card.
+    """
+    return card.sizing.tile is not None and max(height, width) > card.sizing.tile
+
+
+def seen_size(height: int, width: int, card: ModelCard) -> tuple[int, int]:
+    """The size of what goes into the network of an image: of each window where it is cut, else `network_size`.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        card: The model's card.
+
+    Returns:
+        (height, width) in pixels.
+    """
+    tile = card.sizing.tile
+    if tile is not None and is_cut(height, width, card):
+        return min(tile, height), min(tile, width)
+    return network_size(height, width, card)
+
+
+def resized(image: npt.NDArray[np.uint8], card: ModelCard) -> npt.NDArray[np.uint8]:
+    """An image at its `network_size`; the very array where that is its own.
+
+    Args:
+        image: RGB, uint8 (H, W, 3).
+        card: The model's card.
+
+    Returns:
+        uint8 (h, w, 3).
+    """
+    height, width = network_size(image.shape[0], image.shape[1], card)
+    if (height, width) == image.shape[:2]:
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))

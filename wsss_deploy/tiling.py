@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import ImageError, UsageError
+from wsss_deploy.sizing import is_cut, resized, seen_size
 from wsss_deploy.upsampling import best_class
 
 #: Bytes of one array of scores, unless one window's take more; two such arrays are alive.
@@ -132,6 +133,29 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
     return [index * (length - tile) // (count - 1) for index in range(count)]
+
+
+def seen_parts(image: _Pixels, card: ModelCard, most: int) -> Iterator[_Pixels]:
+    """What the network sees of an image, by its card's plan: the windows that it is cut into, or all of it, resized.
+
+    Args:
+        image: RGB, uint8 (H, W, 3).
+        card: The model's card.
+        most: Windows that are given at most, spread over the image.
+
+    Yields:
+        uint8 (h, w, 3) of `wsss_deploy.sizing.seen_size`.
+    """
+    tile, (height, width) = card.sizing.tile, image.shape[:2]
+    if tile is None or not is_cut(height, width, card):
+        yield resized(image, card)
+        return
+    high, wide = seen_size(height, width, card)
+    rows, columns = (starts(side, tile, card.sizing.overlap) for side in (height, width))
+    corners = [(top, left) for top in rows for left in columns]
+    chosen = np.linspace(0, len(corners) - 1, min(most, len(corners))).round().astype(int)
+    for top, left in (corners[index] for index in chosen):
+        yield image[top : top + high, left : left + wide]
 
 
 def predict_blocks(segmenter: WindowScorer, image: WindowReader, tiling: Tiling) -> Iterator[Block]:

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from wsss_deploy.card import ModelCard
 from wsss_deploy.errors import BackendError
 from wsss_deploy.images import ImageSource, load_image
 from wsss_deploy.segmentation import Segmentation
-from wsss_deploy.sizing import network_size
+from wsss_deploy.sizing import is_cut, resized
 from wsss_deploy.tiling import ArrayWindows, Tiling, joined, predict_blocks
 
 
@@ -80,16 +79,13 @@ class TritonSegmenter:
         """
         start = time.perf_counter()
         pixels, sizing = load_image(image), self._card.sizing
-        if sizing.tile is not None and max(pixels.shape) > sizing.tile:
+        if sizing.tile is not None and is_cut(pixels.shape[0], pixels.shape[1], self._card):
             sent = time.perf_counter()
             blocks = predict_blocks(self, ArrayWindows(pixels), Tiling(sizing.tile, sizing.overlap))
             mask, confidence = joined(blocks, *pixels.shape[:2])
             return Segmentation.from_mask(mask, confidence, pixels, self._card, _timing(start, sent))
-        height, width = network_size(pixels.shape[0], pixels.shape[1], self._card)
-        whole = (height, width) == pixels.shape[:2]
-        seen = pixels
-        if not whole:
-            seen = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        seen = resized(pixels, self._card)
+        whole = seen.shape == pixels.shape
         sent = time.perf_counter()
         found = self._infer(seen, "mask" if whole else "scores")
         timing = _timing(start, sent)

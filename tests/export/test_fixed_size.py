@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from export.fixed_size import with_fixed_size
 from export.onnx_graph import export_onnx
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import read_card
 from wsss_deploy.card import Preprocessing, Sizing
+from wsss_deploy.errors import ExportError
 from wsss_deploy.sizing import network_size
 
 pytestmark = pytest.mark.timeout(900)
@@ -46,6 +48,13 @@ def test_sizes_stay_within_the_fixed_size(tiny_card, sizing, expected):
     assert network_size(64, 48, card) == expected
     for shape in ((1000, 1000), (97, 3), (1, 5000)):
         assert max(network_size(*shape, card)) <= 96
+
+
+def test_a_fixed_size_takes_the_windows_of_the_card(tiny_card):
+    card = tiny_card.model_copy(update={"sizing": Sizing(tile=120, overlap=8)})
+    with pytest.raises(ExportError, match=r"windows of 120 pixels.*pass --size 128 or more"):
+        with_fixed_size(card, 96, "model.pt")
+    assert with_fixed_size(card, 128, "model.pt").preprocessing.fixed_size == 128
 
 
 def test_a_fixed_size_is_a_multiple_of_the_stride():

@@ -17,11 +17,12 @@ import export.onnx_graph
 from export.cli import main
 from export.formats import FORMATS, check, read_formats, table
 from export.half import to_half
-from export.parity import SMALLEST_CLASS, THRESHOLDS, Case, _case_problems, check_parity
+from export.parity import PATTERN, SMALLEST_CLASS, THRESHOLDS, Case, _batches, _case_problems, check_parity
 from export.patterns import pattern_image
-from export.quantise import LADDER, _left_out, quantise, split_images
+from export.quantise import LADDER, _left_out, _Reader, quantise, split_images
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import read_card
+from wsss_deploy.card import Sizing
 from wsss_deploy.errors import ExportError, ImageError, UsageError
 
 pytestmark = pytest.mark.timeout(900)  # as in test_contract.py
@@ -129,6 +130,15 @@ def test_int8_that_fails_the_gate_climbs_the_ladder_and_leaves_nothing(traced, p
     assert ended.value.code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["parity_failed.json"]
     assert sum("Calibrating" in item.message for item in caplog.records) == len(LADDER)
+
+
+def test_int8_and_parity_see_windows_where_the_runtime_cuts(single, exported, photos):
+    card = read_card(exported() / "model.onnx").model_copy(update={"sizing": Sizing(long_side=96, tile=64, overlap=16)})
+    images = sorted(photos.iterdir())  # of 70 x 90 pixels
+    assert [item["image"].shape for item in _Reader(card, images)] == [(1, 64, 64, 3)] * 4 * len(images)
+    real = [(image.name, np.asarray(Image.open(image))) for image in images]
+    shapes = [batch.shape for name, batch in _batches(card, real) if name != PATTERN]
+    assert shapes == [(1, 64, 64, 3)] * 4 * len(images)
 
 
 def test_int8_needs_images(single, exported):

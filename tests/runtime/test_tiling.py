@@ -12,7 +12,8 @@ from wsss_deploy import Segmenter, tiling
 from wsss_deploy.artifact import save_model
 from wsss_deploy.card import Preprocessing, Sizing
 from wsss_deploy.errors import ImageError, UsageError
-from wsss_deploy.tiling import ArrayWindows, Tiling, starts
+from wsss_deploy.sizing import seen_size
+from wsss_deploy.tiling import ArrayWindows, Tiling, seen_parts, starts
 
 RNG = np.random.default_rng(0)
 
@@ -163,3 +164,24 @@ def test_what_cannot_be_cut(color_network, color_card, tiny_network, tiny_card, 
 
     with pytest.raises(ImageError, match="the reader gave"):
         list(segmenter.predict_blocks(Wrong(), Tiling(64, 16)))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (2000, 40), (64, 64), (48, 60), (65, 20)])
+def test_exports_are_calibrated_and_compared_on_what_predict_sees(color_network, color_card, shape):
+    card = color_card.model_copy(update={"sizing": Sizing(long_side=96, tile=64, overlap=16)})
+    segmenter = Segmenter.from_network(color_network, card)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    run, seen = segmenter.runtime.run, set()
+
+    def noting(images, refiner=None):
+        seen.update(item.tobytes() for item in images)
+        return run(images, refiner)
+
+    segmenter.runtime.run = noting
+    segmenter.predict(image)
+    parts = list(seen_parts(image, card, 10**6))
+    assert {part.tobytes() for part in parts} == seen
+    assert {part.shape[:2] for part in parts} == {seen_size(*shape, card)}
+    few = list(seen_parts(image, card, 3))
+    assert len(few) == min(3, len(parts))
+    assert {part.tobytes() for part in few} <= seen

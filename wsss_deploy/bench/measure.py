@@ -114,9 +114,9 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _network_size(segmenter: Any, image: Any) -> tuple[int, int]:
-    from wsss_deploy.sizing import network_size
+    from wsss_deploy.sizing import seen_size
 
-    return network_size(image.shape[0], image.shape[1], segmenter.card)
+    return seen_size(image.shape[0], image.shape[1], segmenter.card)
 
 
 def _latencies(segmenter: Any, image: Any, runs: int) -> dict[str, float]:
