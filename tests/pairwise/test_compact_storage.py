@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import GaussianTerm, MeanField, PairwiseParameters, native, refine
+from wsss_deploy.refinement import DEFAULT, STRONG
 
 PAR = PairwiseParameters(dilations=(1, 2, 5), iterations=10, normalise=True)
 PUBLISHED = PAR.model_copy(update={"normalise": False})
@@ -121,6 +124,27 @@ def test_the_most_steps_stay_close(small, scene):
     data = scene(height=60, width=70, dtype=np.float32)
     parameters = PAR.model_copy(update={"dilations": (1,), "iterations": 100})
     np.testing.assert_allclose(run(parameters, data, small), run(parameters, data, small, compact=False), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("share", "most"), [(0.01, 45), (0.003, 71), (0.1, 10)])
+def test_masks_that_grow_stay_close_as_long_as_they_are_stored_so(small, seed, share, most):
+    """A nearly flat guide, where all weights are rounded alike, and hard masks: the worst that has been found."""
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((1, 2, 30, 30)) > 0.3).astype(np.float32)
+    guide = (rng.integers(0, 3, (1, 3, 30, 30)) / 255).astype(np.float32)
+    data = SimpleNamespace(masks=masks, guide=guide)
+    for steps, stored in ((most, True), (most + 1, False), (100, False)):
+        parameters = PairwiseParameters(dilations=(4,), iterations=steps, second_weight=share)
+        full, compact = (run(parameters, data, small, compact=kind) for kind in (False, True))
+        assert (np.abs(compact - full).max() > 0) == stored
+        np.testing.assert_allclose(compact, full, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("parameters", [PairwiseParameters(), DEFAULT.parameters, STRONG.parameters])
+def test_what_is_usual_is_stored_so(probabilities, small, parameters):
+    data = probabilities(height=61, width=83)
+    assert not np.array_equal(run(parameters, data, small), run(parameters, data, small, compact=False))
 
 
 def test_a_mean_field_is_computed_in_full(probabilities, compiled):

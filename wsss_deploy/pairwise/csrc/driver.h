@@ -34,7 +34,8 @@ bool refine(const Plan&, const Kernels<S, T>&, Shape, const S* masks, const S* g
 // By how much `iterations` steps can raise the largest value of masks, at least 1.
 double most_growth(const Plan&, int iterations);
 
-// Whether Compact storage can hold weights and masks: weights nowhere negative, few enough steps that what rounding adds in each stays below 1e-3 (1000 steps: 4e-3).
+// Whether Compact storage can hold weights and masks: weights nowhere negative, and so few steps, which raise masks by so
+// little, that rounding stays below 1e-3.
 bool fits_compact(const Plan&, int iterations);
 
 }  // namespace wsss
