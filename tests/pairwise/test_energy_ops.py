@@ -50,6 +50,12 @@ def test_gradients(matrix, one_way, form):
         assert torch.autograd.gradcheck(value, inputs, fast_mode=True)
 
 
+def test_forward_mode_is_refused(form):
+    p, features, gates = data()
+    with pytest.raises(UsageError, match="forward mode; use backward"):
+        torch.func.jvp(lambda given: energy(given, features, SMALL, **gates, form=form), (p,), (p,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck(form, wanted):

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from wsss_deploy.pairwise import PairwiseParameters, affinity, refine, step, torch_ops
+from wsss_deploy.pairwise import PairwiseParameters, affinity, reference, refine, step, torch_ops
 
 FORMS = ["cpu", "torch"]
 
@@ -57,6 +58,49 @@ def test_gradients_of_the_affinity(case, scene, form):
     assert torch.autograd.gradcheck(
         lambda g: affinity(g, case, form=form), (guide.requires_grad_(),), fast_mode=True, atol=1e-5
     )
+
+
+def test_gradients_are_differentiable_themselves(case, scene, form):
+    data = scene(batch=1, classes=2, channels=4, height=3, width=4)
+    guide, masks = torch.from_numpy(data.guide), torch.from_numpy(data.masks)
+    # Away from flat patches, where the first derivative jumps.
+    guide = (guide + torch.rand(guide.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))) / 2
+
+    def refined(m, g):
+        return refine(m, g, case.model_copy(update={"iterations": 2}), form=form)
+
+    inputs = masks.requires_grad_(), guide.requires_grad_()
+    assert torch.autograd.gradgradcheck(refined, inputs, fast_mode=True, atol=1e-4, rtol=1e-3)
+
+
+def test_the_second_derivative_of_the_affinity_is_the_references(cases, scene, form):
+    found = []
+    for function in (lambda g: affinity(g, cases["par"], form=form), lambda g: reference.affinity(g, cases["par"])):
+        guide, _ = tensors(scene)
+        (first,) = torch.autograd.grad(function(guide.requires_grad_()).square().sum(), guide, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), guide)[0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found)
+
+
+def test_forward_mode(case, scene, form):
+    guide, masks = tensors(scene)
+    generator = torch.Generator().manual_seed(1)
+    along = [torch.rand(t.shape, dtype=t.dtype, generator=generator) for t in (masks, guide)]
+    _, found = torch.func.jvp(lambda m, g: refine(m, g, case, form=form), (masks, guide), tuple(along))
+    _, expected = torch.func.jvp(lambda m, g: reference.refine(m, g, case), (masks, guide), tuple(along))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+    weights = affinity(guide, case)
+    unary = masks.log() if case.mean_field else None
+    _, found = torch.func.jvp(lambda m: step(m, weights, case, unary, form=form), (masks,), (along[0],))
+    _, expected = torch.func.jvp(lambda m: reference.step(m, weights, case, unary), (masks,), (along[0],))
+    torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(affinity(forward_ad.make_dual(guide, along[1]), case, form=form)).tangent
+        expected = forward_ad.unpack_dual(reference.affinity(forward_ad.make_dual(guide, along[1]), case)).tangent
+    torch.testing.assert_close(tangent, expected)
 
 
 def test_gradient_is_zero_not_nan_where_the_guide_is_flat(scene):

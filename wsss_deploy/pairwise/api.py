@@ -31,7 +31,8 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
 
     Returns:
         (N, K, H, W), K in the order of `parameters.offsets`. A NaN in the guide makes all weights NaN that
-        depend on it; differentiable with respect to a torch guide (0 where a par or varm patch is flat).
+        depend on it; differentiable with respect to a torch guide (0 where a par or varm patch is flat), twice too, and
+        in forward mode (`torch.func.jvp`), which takes plain torch whatever the form.
 
     Raises:
         UsageError: Wrong shapes or types, an unknown form.
@@ -44,9 +45,11 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
         weights = np.empty((guide.shape[0], len(parameters.offsets), *guide.shape[2:]), guide.dtype)
         native.affinity(parameters, np.ascontiguousarray(guide), weights, threads or native.default_threads())
         return weights
-    from wsss_deploy.pairwise import torch_ops
+    from wsss_deploy.pairwise import reference, torch_ops
 
     name, count = _torch_form(form, guide, parameters, threads)
+    if torch_ops.has_tangent(guide):
+        return reference.affinity(guide, parameters)
     return cast("torch.Tensor", torch_ops.pairwise_affinity(guide, torch_ops.text_of(parameters), name, count))
 
 
@@ -70,7 +73,7 @@ def step(
         threads: As in `affinity`.
 
     Returns:
-        (N, C, H, W), differentiable with respect to torch masks, weights and unary.
+        (N, C, H, W), differentiable with respect to torch masks, weights and unary, as `affinity` is.
 
     Raises:
         UsageError: Wrong shapes or types, an unknown form.
@@ -92,9 +95,11 @@ def step(
         plain = np.ascontiguousarray(masks), np.ascontiguousarray(weights)
         native.step(parameters, *plain, unary, out, threads or native.default_threads())
         return out
-    from wsss_deploy.pairwise import torch_ops
+    from wsss_deploy.pairwise import reference, torch_ops
 
     name, count = _torch_form(form, masks, parameters, threads)
+    if torch_ops.has_tangent(masks, weights, unary):
+        return reference.step(masks, weights, parameters, unary)
     return cast(
         "torch.Tensor", torch_ops.pairwise_step(masks, weights, unary, torch_ops.text_of(parameters), name, count)
     )
@@ -120,11 +125,13 @@ def refine(
         storage: What the compiled form of the CPU keeps weights and the masks between steps as. "full" is their own
             type. "compact" is 16 bits (weights as float16 with their exact sums, masks in 65535 levels), which takes
             half of the memory and two thirds of the time and differs by less than 1e-3: for float32 masks in [0, 1]
-            and a finite guide, kind par or normalised gaussian without a mean field, at most 100 steps, on AVX2 and
-            AVX-512. All else is computed as with "full", and so is a whole batch if one of its images does not fit.
+            and a finite guide, kind par or normalised gaussian without a mean field, at most 100 steps (45 of par
+            without `parameters.normalise`, whose masks grow by 1.01 a step), on AVX2 and AVX-512. All else is computed
+            as with "full", and so is a whole batch if one of its images does not fit.
 
     Returns:
-        (N, C, H, W). Without `parameters.normalise` par scales the masks by 1.01 a step and varm by 0.99.
+        (N, C, H, W), differentiable with respect to torch masks and guide, as `affinity` is. Without
+        `parameters.normalise` par scales the masks by 1.01 a step and varm by 0.99.
 
     Raises:
         UsageError: Wrong shapes or types, an unknown form.
@@ -149,6 +156,8 @@ def refine(
     from wsss_deploy.pairwise import reference, torch_ops
 
     name, count = _torch_form(form, masks, parameters, threads)
+    if torch_ops.has_tangent(masks, guide):
+        return reference.refine(masks, guide, parameters)
     masks = reference.resize(masks, height, width)
     wants_gradient = torch.is_grad_enabled() and (masks.requires_grad or guide.requires_grad)
     if not wants_gradient and not torch.compiler.is_exporting():

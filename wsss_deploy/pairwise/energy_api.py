@@ -51,14 +51,20 @@ def energy(
         probability or feature makes it NaN, and the gradients of all pixels that have it in their window.
 
     Raises:
-        UsageError: Wrong shapes or types, an unknown form.
+        UsageError: Wrong shapes or types, an unknown form, forward-mode differentiation.
         BackendError: A form asked for by name is not available.
     """
     import torch
 
     from wsss_deploy.pairwise import energy_ops
+    from wsss_deploy.pairwise.torch_ops import has_tangent
 
     _check(probabilities, features, parameters, source, destination, compatibility)
+    if has_tangent(probabilities, *features, source, destination, compatibility):
+        raise UsageError(
+            "an argument of the pair energy is a dual number (torch.func.jvp, forward_ad), but the energy has no "
+            "derivative in forward mode; use backward, torch.autograd.grad or torch.func.grad"
+        )
     chosen = energy_form(probabilities, parameters.radius, form)
     ones = torch.ones_like(probabilities[:, :1])
     maps = [f for f in features if f is not None]

@@ -2,8 +2,9 @@
 
 `torch.ops.wsss.pairwise_affinity`, `pairwise_step` and `pairwise_refine` run the form that they are told
 ("cpu", "cuda" or "torch"); `threads` of 0 are as many as torch has. Parameters travel as their canonical JSON, so a
-graph that contains the operators is complete. Gradients are first order; `pairwise_refine` has none (`api.refine` uses
-the other two where one is wanted).
+graph that contains the operators is complete. `pairwise_affinity` and `pairwise_step` have gradients, which can be
+differentiated again; `pairwise_refine` has none (`api.refine` uses the other two where one is wanted). None of them
+knows dual numbers (forward mode), for which the public functions take plain torch (`has_tangent`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from wsss_deploy.pairwise import cuda_form, native, reference
@@ -39,6 +41,14 @@ def text_of(parameters: PairwiseParameters) -> str:
 def parse(parameters: str) -> PairwiseParameters:
     """The parameters object of its JSON text."""
     return PairwiseParameters.model_validate_json(parameters)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is a dual number of forward-mode differentiation; a custom operator would drop its tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
 
 @torch.library.custom_op("wsss::pairwise_affinity", mutates_args=())
@@ -114,10 +124,12 @@ def _affinity_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _affinity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     """Through the reference, computed again: the forward keeps nothing but the guide."""
+    again = torch.is_grad_enabled()  # create_graph=True: this gradient is itself to be differentiated
     with torch.enable_grad():
-        guide = ctx.saved_tensors[0].detach().requires_grad_()
+        (saved,) = ctx.saved_tensors
+        guide = saved.view_as(saved) if again else saved.detach().requires_grad_()
         weights = reference.affinity(guide, parse(ctx.parameters))
-        (result,) = torch.autograd.grad(weights, guide, grad)
+        (result,) = torch.autograd.grad(weights, guide, grad, create_graph=again)
     return result, None, None, None
 
 
