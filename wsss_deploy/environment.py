@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 #: Packages that decide what runs and how fast.
@@ -39,8 +40,50 @@ def describe_environment() -> dict[str, Any]:
 
 
 def cpu_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: of its affinity, and as many as its control groups give it time for.
+
+    A container with a quota of two CPUs on a machine of 64 has 2: threads for all 64 would use the quota up at once,
+    and then all of them would wait for the next period.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs whose time this process's control groups (Linux, version 1 or 2) allow it; None without a limit.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None  # not Linux
+    limits = []
+    for line in lines:
+        _, _, named = line.partition(":")
+        controllers, _, path = named.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A group has the limits of all groups around it. Inside a container, only the last one may be there.
+        group = PurePosixPath(path)
+        for mount in dict.fromkeys((controllers, "cpu")) if controllers else ("",):
+            for inside in (group, *group.parents):
+                folder = root / "sys/fs/cgroup" / mount / str(inside).lstrip("/")
+                limits.append(_group_quota(folder, second_version=not controllers))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _group_quota(folder: Path, second_version: bool) -> float | None:
+    """CPUs of one group; None where it is absent or sets no limit."""
+    names = ("cpu.max",) if second_version else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in names).split()
+        # "max" in one version, -1 in the other.
+        return int(quota) / int(period) if quota.isdigit() and int(quota) and int(period) else None
+    except (OSError, ValueError):
+        return None
 
 
 def query_gpus(fields: str) -> list[str]:

@@ -61,6 +61,15 @@ def test_the_same_masks_as_torch(written, tiny_model, name):
     np.testing.assert_array_equal(model.predict_masks(images)[1], model.predict(images[1]).mask)
 
 
+def test_threads_keep_to_the_quota(written, monkeypatch):
+    from wsss_deploy.backends import openvino_backend
+
+    monkeypatch.setattr(openvino_backend, "cpu_threads", lambda: 1)
+    segmenter = Segmenter(written / "model.xml")
+    assert segmenter.describe()["threads"] == 1
+    assert segmenter.runtime._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
 def test_many_threads_give_the_masks_of_one(written):
     model = Segmenter(written / "model.xml", threads=1)
     images = [pattern_image(48 + 16 * (index % 3), 64, index) for index in range(24)]

@@ -163,7 +163,7 @@ def test_a_graph_with_other_classes_than_its_card(tmp_path, onnx_bytes, color_ca
 def test_onnx_graph_that_does_not_load(tmp_path, onnx_bytes, color_card):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
-    path.write_bytes(onnx_bytes(color_card).replace(b"Softmax", b"Softmix"))
+    path.write_bytes(onnx_bytes(color_card).replace(b"Softmax", b"Sigmoid"))
     with pytest.raises(ArtifactError, match=r"model\.onnx: ONNX Runtime cannot load it"):
         Segmenter(path, device="cpu")
 

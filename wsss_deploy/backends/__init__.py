@@ -108,7 +108,7 @@ def open_backend(path: Path, device: str, backend: str, threads: int | None) -> 
         path: The model file.
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto" or a runtime's name.
-        threads: CPU threads of one inference; None leaves the runtime's default.
+        threads: CPU threads of one inference; None as in `wsss_deploy.Segmenter`.
 
     Raises:
         ArtifactError: The file is damaged or does not fit its card.

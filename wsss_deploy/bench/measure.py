@@ -23,7 +23,7 @@ class Case(BaseModel):
         size: Pixels a side of the square image, and longer side at which the network is to see images.
         batch: Images a call for the throughput.
         runs: Timed calls.
-        threads: CPU threads; None leaves the runtime's default.
+        threads: CPU threads; None as in `Segmenter`.
         refine: As in `Segmenter`.
         data: Folder with masks for the mIoU; None measures none.
         split: Its split.
