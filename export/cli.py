@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from export.formats import FORMATS, table
-from export.scratch import scratch_folder
+from export.scratch import replace_together, scratch_folder
 from wsss_deploy.artifact import read_card, report_name
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
@@ -143,9 +142,8 @@ def _engine(arguments: argparse.Namespace, request: Request, onnx_file: Path, ro
         candidate = scratch / target.name
         manifest = build_engine(onnx_file, candidate, request.shapes, engine_command(arguments))
         # TensorFloat-32 may carry products of float32 on a GPU, so an engine is held to half precision's limits.
-        _prove(arguments, request, candidate, target, "fp16")
-        os.replace(manifest_path(candidate), manifest_path(target))
-        os.replace(candidate, target)
+        report = _prove(arguments, request, candidate, target, "fp16")
+        replace_together(report, (manifest_path(candidate), manifest_path(target)), (candidate, target))
     rows["engine"] = f"{target}, TensorRT {manifest.tensorrt} on {manifest.gpu}, {manifest.range_text()}"
     return target
 
@@ -176,14 +174,15 @@ def _openvino(arguments: argparse.Namespace, request: Request, onnx_file: Path) 
     with scratch_folder(target.parent, ".openvino-") as scratch:
         candidate = scratch / target.name
         build_openvino(onnx_file, candidate, arguments.precision)
-        _prove(arguments, request, candidate, target, arguments.precision)
-        os.replace(weights_path(candidate), weights_path(target))
-        os.replace(candidate, target)
+        report = _prove(arguments, request, candidate, target, arguments.precision)
+        replace_together(report, (weights_path(candidate), weights_path(target)), (candidate, target))
     return target
 
 
-def _prove(arguments: argparse.Namespace, request: Request, candidate: Path, target: Path, limits: str) -> None:
-    """Compare what is to become `target` with torch and write the report.
+def _prove(
+    arguments: argparse.Namespace, request: Request, candidate: Path, target: Path, limits: str
+) -> tuple[Path, Path]:
+    """Compare what is to become `target` with torch; the report beside `candidate`, and the name that it is to take.
 
     Raises:
         ParityError: It gives other results.
@@ -198,8 +197,9 @@ def _prove(arguments: argparse.Namespace, request: Request, candidate: Path, tar
             f"{target.name}: gives other results than torch: {'; '.join(report.problems[:2])}; it was not kept, the "
             f"figures are in {target.parent / REPORT_FAILED}"
         )
-    with atomic_write(target.parent / report_name(target.name)) as file:
-        file.write(report.to_json().encode())
+    written = candidate.with_name(report_name(target.name))
+    written.write_text(report.to_json(), encoding="utf-8")
+    return written, target.with_name(written.name)
 
 
 def _refinement(card: ModelCard) -> str:

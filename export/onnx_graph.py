@@ -22,7 +22,7 @@ from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
 from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
 from export.quantise import FEWEST, LADDER, quantise, split_images
-from export.scratch import scratch_folder
+from export.scratch import replace_together, scratch_folder
 from wsss_deploy import __version__
 from wsss_deploy.artifact import CARD_KEY, load_model, report_name
 from wsss_deploy.card import ModelCard, Refinement
@@ -113,10 +113,10 @@ def export_onnx(
                     f"{source}: the exported graph gives other results than torch: {_some(report.problems)}; nothing "
                     f"was exported, the figures are in {folder / REPORT_FAILED}; {_REMEDY[precision]}"
                 )
-            # The report first: it names the digest of its model, so that a kill in between cannot deceive.
-            with atomic_write(folder / report_name(name)) as file:
-                file.write(report.to_json().encode())
-            os.replace(candidate, folder / name)
+            # The report names the digest of its model, so that a kill in between cannot deceive.
+            written = scratch / report_name(name)
+            written.write_text(report.to_json(), encoding="utf-8")
+            replace_together((written, folder / written.name), (candidate, folder / name))
             (folder / REPORT_FAILED).unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(

@@ -172,7 +172,7 @@ def read_engine(engine: Path, manifest: EngineManifest) -> bytes:
         raise ArtifactError(f"{engine}: cannot be read ({error.strerror or error}); check its permissions") from error
     if hashlib.sha256(content).hexdigest() != manifest.engine_sha256:
         raise ArtifactError(
-            f"{engine}: is not the engine that its manifest speaks of (cut short, changed or of another build); copy "
-            f"both again, or build it anew: {manifest.command}"
+            f"{engine}: is not the engine that its manifest speaks of (cut short, changed or of another build, as "
+            f"after an export that was killed); copy both again, or build it anew: {manifest.command}"
         )
     return content

@@ -82,6 +82,6 @@ def check_weights(model: Path) -> None:
     """
     if weights_digest(model) != read_entries(model)[WEIGHTS_ENTRY]:
         raise ArtifactError(
-            f"{model}: {weights_path(model).name} beside it belongs to another model or is cut short; copy both files "
-            "again"
+            f"{model}: {weights_path(model).name} beside it belongs to another model or is cut short (as after an "
+            "export that was killed); copy both files again, or export again"
         )

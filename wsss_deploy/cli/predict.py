@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of the runtime (default: all that it may use; with --ray 1)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads of the runtime (default: all that it may use; with --ray 1)",
     )
     parser.add_argument("--opacity", type=float, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)")
     parser.add_refinement()
