@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -10,11 +11,13 @@ from pydantic import ValidationError
 
 from wsss_deploy.errors import BackendError, UsageError
 from wsss_deploy.pairwise import (
+    EnergyTerm,
     GaussianTerm,
     MeanField,
     PairwiseParameters,
     affinity,
     choose,
+    cuda_source,
     forms,
     native,
     refine,
@@ -98,6 +101,9 @@ def test_step_checks_weights_and_unary():
         {"terms": (GaussianTerm(sigma_xy=1.0),)},
         {"kind": "gaussian", "terms": (GaussianTerm(sigma_xy=1.0),), "bandwidth": 0.3},
         {"bandwidth": 0.0},
+        {"bandwidth": 1e-155},
+        {"bandwidth": 1e200},
+        {"bandwidth": float("nan")},
         {"iterations": -1},
         {"unknown": 1},
     ],
@@ -105,6 +111,69 @@ def test_step_checks_weights_and_unary():
 def test_parameters_are_validated(settings):
     with pytest.raises(ValidationError):
         PairwiseParameters(**settings)
+
+
+@pytest.mark.parametrize("name", ["sigma_xy", "sigma_rgb", "sigma_features"])
+@pytest.mark.parametrize("value", [0.0, 1e-200, 1e-25, 1e155, float("inf"), float("nan")])
+def test_widths_whose_square_is_no_number_are_refused(name, value):
+    with pytest.raises(ValidationError, match=rf"{name}\n.*(0\.000001|1000000) "):
+        GaussianTerm(**{name: value})
+    if name == "sigma_xy":
+        with pytest.raises(ValidationError, match=r"xy_sigma\n.*(0\.000001|1000000|finite number) "):
+            EnergyTerm(weight=1.0, xy_sigma=value)
+
+
+@pytest.mark.parametrize("settings", [{"weight": 1e300}, {"weight": -1.0}])
+def test_factors_that_are_no_float32_are_refused(settings):
+    with pytest.raises(ValidationError):
+        GaussianTerm(sigma_xy=1.0, **settings)
+    with pytest.raises(ValidationError):
+        MeanField(compatibility=settings["weight"])
+    with pytest.raises(ValidationError):
+        MeanField(epsilon=1e-50)
+
+
+BOUNDS = [
+    *(PairwiseParameters(kind=kind, dilations=(1, 3), bandwidth=b) for kind in ("par", "varm") for b in (1e-6, 1e6)),
+    *(
+        PairwiseParameters(kind="gaussian", radius=1, terms=(GaussianTerm(weight=weight, **{name: sigma}),))
+        for name in ("sigma_xy", "sigma_rgb", "sigma_features")
+        for sigma in (1e-6, 1e6)
+        for weight in (1.0, 1e6)
+    ),
+]
+
+
+@pytest.mark.parametrize("parameters", BOUNDS)
+def test_numbers_at_the_bounds_are_numbers_in_every_form(parameters, scene, compiled):
+    data = scene(height=9, width=11, dtype=np.float32)
+    data.guide[0, :, 4, 4] += np.float32(1e-3)  # flat but for this
+    guide = torch.from_numpy(data.guide)
+    found = [affinity(data.guide, parameters, form=form) for form in ("cpu", "numpy")]
+    for weights in (*found, affinity(guide, parameters, form="torch").numpy()):
+        assert np.isfinite(weights).all()
+        np.testing.assert_allclose(weights, found[0], rtol=1e-4, atol=1e-6)
+    constants = re.findall(r"([\d.infa]+(?:e[+-]\d+)?)f\b", cuda_source.definitions(parameters))
+    assert np.isfinite(np.array([float(number) for number in constants]).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("form", ["auto", "numpy"])
+def test_a_guide_without_the_features_of_a_term_is_refused(form):
+    terms = (GaussianTerm(sigma_rgb=0.1), GaussianTerm(sigma_features=0.5))
+    parameters = PairwiseParameters(kind="gaussian", dilations=(1,), terms=terms, iterations=1)
+    image = np.random.default_rng(0).random((1, 3, 5, 6))
+    for function in (
+        lambda: affinity(image, parameters, form=form),
+        lambda: refine(image, image, parameters, form=form),
+    ):
+        with pytest.raises(UsageError, match=r"sigma_features 0.5, .*has 3: its shape is \(1, 3, 5, 6\); append"):
+            function()
+    with pytest.raises(UsageError, match="append the features"):
+        refine(torch.from_numpy(image), torch.from_numpy(image), parameters)
+    # Of the colour's channels the guide may have some only.
+    colour = parameters.model_copy(update={"terms": terms[:1]})
+    grey = affinity(image[:, :1], colour, form=form)
+    np.testing.assert_allclose(grey, affinity(image[:, [0, 0, 0]] / 3**0.5, colour, form=form))
 
 
 def test_parameters_survive_json(case):

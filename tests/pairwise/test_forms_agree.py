@@ -101,15 +101,47 @@ def test_numpy_and_torch_enter_the_kernels_alike(case, scene, compiled):
         np.testing.assert_allclose(from_torch, refine(data.masks, data.guide, case, form="cpu"), rtol=1e-5)
 
 
-def test_strided_inputs_are_taken_as_they_are_meant(case, scene):
-    data = scene(height=20, width=20)
-    flipped = data.masks.transpose(0, 1, 3, 2), data.guide.transpose(0, 1, 3, 2)
-    expected = refine(np.ascontiguousarray(flipped[0]), np.ascontiguousarray(flipped[1]), case)
-    np.testing.assert_array_equal(refine(*flipped, case), expected)
-    assert np.array_equal(
-        refine(torch.from_numpy(data.masks).mT, torch.from_numpy(data.guide).mT, case, form="torch").shape,
-        expected.shape,
-    )
+LAYOUTS = {
+    "transposed": lambda tensor: tensor.mT.contiguous().mT,
+    "channels_last": lambda tensor: tensor.to(memory_format=torch.channels_last),
+    "every other column": lambda tensor: tensor.repeat_interleave(2, dim=3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs_are_taken_as_they_are_meant(case, scene, compiled, layout):
+    guide, masks = both(scene(height=20, width=23))
+    strided = [LAYOUTS[layout](tensor) for tensor in (masks, guide)]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    weights, unary = reference.affinity(guide, case), reference.unary_of(masks, case)
+    for form in ("cpu", "torch"):
+        torch.testing.assert_close(refine(*strided, case, form=form), refine(masks, guide, case, form=form))
+        torch.testing.assert_close(affinity(strided[1], case, form=form), weights)
+        given = [LAYOUTS[layout](tensor) for tensor in (masks, weights)]
+        found = step(*given, case, None if unary is None else LAYOUTS[layout](unary), form=form)
+        torch.testing.assert_close(found, reference.step(masks, weights, case, unary))
+    arrays = [tensor.numpy() for tensor in strided]
+    for form in ("cpu", "numpy"):
+        expected = refine(masks.numpy(), guide.numpy(), case, form=form)
+        np.testing.assert_allclose(refine(*arrays, case, form=form), expected, rtol=1e-12)
+
+
+def test_one_image_for_a_whole_batch(case, scene, compiled):
+    """An expanded axis has stride 0."""
+    guide, masks = both(scene(batch=3))
+    guide = guide[:1]
+    for form in ("cpu", "torch"):
+        expected = refine(masks, guide.repeat(3, 1, 1, 1), case, form=form)
+        torch.testing.assert_close(refine(masks, guide.expand(3, -1, -1, -1), case, form=form), expected)
+        expected = refine(masks[:1].repeat(3, 1, 1, 1), guide.repeat(3, 1, 1, 1), case, form=form)
+        expanded = [tensor[:1].expand(3, -1, -1, -1) for tensor in (masks, guide)]
+        torch.testing.assert_close(refine(*expanded, case, form=form), expected)
+    arrays = [
+        np.broadcast_to(tensor[:1].numpy(), expected_shape)
+        for tensor, expected_shape in ((masks, masks.shape), (guide, (3, *guide.shape[1:])))
+    ]
+    for form in ("cpu", "numpy"):
+        np.testing.assert_allclose(refine(*arrays, case, form=form), expected, rtol=1e-10)
 
 
 def test_inputs_are_not_changed(case, scene):
@@ -208,8 +240,19 @@ def test_what_is_not_finite_reaches_the_same_pixels(compiled):
         assert found[0].any()
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(np.float32, 1e17), (np.float64, 1e150)])
+def test_guides_of_large_values_give_numbers(case, compiled, dtype, largest):
+    """Up to the limit that the documentation gives. (Not the same: rounding decides which of equal variations is less.)"""
+    wide = case.model_copy(update={"radius": 12, "iterations": 1})
+    for parameters in (case, wide):
+        guide = (np.random.default_rng(0).choice([-1.0, 0.1, 1.0], (1, 4, 9, 11)) * largest).astype(dtype)
+        found = [affinity(guide, parameters, form=form) for form in ("cpu", "numpy")]
+        for weights in (*found, affinity(torch.from_numpy(guide), parameters, form="torch").numpy()):
+            assert np.isfinite(weights).all()
+
+
 def test_an_empty_batch(case, compiled):
-    masks, guide = np.zeros((0, 4, 20, 24), np.float32), np.zeros((0, 3, 20, 24), np.float32)
+    masks, guide = np.zeros((0, 4, 20, 24), np.float32), np.zeros((0, 4, 20, 24), np.float32)
     for form in ("cpu", "numpy"):
         assert refine(masks, guide, case, form=form).shape == masks.shape
     wanted = torch.from_numpy(masks).requires_grad_()

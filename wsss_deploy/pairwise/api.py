@@ -24,8 +24,9 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
     """Weights of every pixel's neighbours.
 
     Args:
-        guide: (N, G, H, W) floating, numpy or torch. par and varm do not depend on its scale; gaussian does.
-        parameters: Kind, neighbours, constants.
+        guide: (N, G, H, W) floating, numpy or torch. par and varm do not depend on its scale; gaussian does. Values
+            of 1e17 and more (float64: 1e150) may give NaN, as sums of their squares are no numbers.
+        parameters: Kind, neighbours, constants. `sigma_features` of a Gaussian term needs a guide of 4 channels.
         form: "auto", or a form's name to force it.
         threads: CPU threads of the compiled form; None takes torch's number or all CPUs.
 
@@ -35,10 +36,11 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
         in forward mode (`torch.func.jvp`), which takes plain torch whatever the form.
 
     Raises:
-        UsageError: Wrong shapes or types, an unknown form.
+        UsageError: Wrong shapes or types, no channels for the features of a Gaussian term, an unknown form.
         BackendError: A form asked for by name is not available.
     """
     _check({"guide": guide})
+    _check_features(guide, parameters)
     if isinstance(guide, np.ndarray):
         if _numpy_form(form, guide) == "numpy":
             return numpy_form.affinity(guide, parameters)
@@ -134,10 +136,11 @@ def refine(
         `parameters.normalise` par scales the masks by 1.01 a step and varm by 0.99.
 
     Raises:
-        UsageError: Wrong shapes or types, an unknown form.
+        UsageError: Wrong shapes or types, no channels for the features of a Gaussian term, an unknown form.
         BackendError: A form asked for by name is not available.
     """
     _check({"masks": masks, "guide": guide}, resized=True)
+    _check_features(guide, parameters)
     if storage not in ("full", "compact"):
         raise UsageError(f"storage is {storage!r}; expected 'full' or 'compact'")
     height, width = guide.shape[2:]
@@ -209,6 +212,16 @@ def _check(arrays: dict[str, Any], *, resized: bool = False) -> None:
                 f"{first_name} has shape {_shape(first)}, {name} has {_shape(array)}; "
                 + ("the batch must agree" if resized else "batch, height and width must agree")
             )
+
+
+def _check_features(guide: Any, parameters: PairwiseParameters) -> None:
+    """A term of features alone would give every neighbour the weight 1 where there are none."""
+    wanted = [term.sigma_features for term in parameters.terms if term.sigma_features is not None]
+    if wanted and guide.shape[1] <= 3:
+        raise UsageError(
+            f"a Gaussian term has sigma_features {wanted[0]:g}, for guide channels from the fourth on, but the guide "
+            f"has {guide.shape[1]}: its shape is {_shape(guide)}; append the features, or leave sigma_features out"
+        )
 
 
 def _shape(array: Any) -> str:

@@ -17,12 +17,12 @@ class EnergyTerm(_Settings):
     The features f travel as tensors beside the parameters, divided by their sigmas; a term may have none.
 
     Attributes:
-        weight: Factor.
-        xy_sigma: Width in pixels; None leaves position out.
+        weight: Factor, above 0 and at most 1e18.
+        xy_sigma: Width in pixels, 1e-6 to 1e6; None leaves position out.
     """
 
-    weight: float = Field(gt=0)
-    xy_sigma: float | None = Field(default=None, gt=0)
+    weight: float = Field(gt=0, le=1e18)
+    xy_sigma: float | None = Field(default=None, ge=1e-6, le=1e6)
 
     def spatial(self, dy: int, dx: int) -> float:
         """Weight times the factor that depends on the offset alone."""

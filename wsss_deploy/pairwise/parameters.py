@@ -14,7 +14,10 @@ _BANDWIDTH = {"par": 0.3, "varm": 0.25, "gaussian": 1.0}
 _SECOND_WEIGHT = {"par": 0.01, "varm": 0.01, "gaussian": 0.0}
 
 Kind = Literal["par", "varm", "gaussian"]
-Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Far from where squares and their inverses leave float32, in which the kernels compute: 1 / (1e-8 bandwidth)^2 is the
+# largest of them.
+Sigma = Annotated[float, Field(ge=1e-6, le=1e6)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
 Distance = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -34,13 +37,15 @@ class GaussianTerm(_Plain):
     """One joint Gaussian, weight * exp(-1/2 * sum of squared differences / sigma^2) (Gated CRF, 2019).
 
     Attributes:
-        weight: Factor of this term in the sum of terms.
-        sigma_xy: Standard deviation of the position, pixels; None leaves the position out.
-        sigma_rgb: Standard deviation of guide channels 0 to 2, units of the guide; None leaves them out.
-        sigma_features: Standard deviation of all guide channels from 3 on; None leaves them out.
+        weight: Factor of this term in the sum of terms, 0 to 1e6.
+        sigma_xy: Standard deviation of the position, pixels, 1e-6 to 1e6 as the others; None leaves the position out.
+        sigma_rgb: Standard deviation of guide channels 0 to 2, or as many of them as there are, units of the guide;
+            None leaves them out.
+        sigma_features: Standard deviation of all guide channels from 3 on, of which there has to be one; None leaves
+            them out.
     """
 
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    weight: Factor = 1.0
     sigma_xy: Sigma | None = None
     sigma_rgb: Sigma | None = None
     sigma_features: Sigma | None = None
@@ -56,12 +61,12 @@ class MeanField(_Plain):
     """The step becomes softmax(unary + compatibility * sum_k w_k m(p + o_k)) instead of the plain sum.
 
     Attributes:
-        compatibility: Strength of the neighbours' vote against the unary term.
-        epsilon: Lower bound of the scores before their logarithm is taken as the unary term by `refine`.
+        compatibility: Strength of the neighbours' vote against the unary term, 0 to 1e6.
+        epsilon: Lower bound of the scores before their logarithm is taken as the unary term by `refine`, 1e-30 or more.
     """
 
-    compatibility: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    compatibility: Factor = 1.0
+    epsilon: Annotated[float, Field(ge=1e-30, lt=1)] = 1e-6
 
 
 class PairwiseParameters(_Plain):
@@ -73,7 +78,7 @@ class PairwiseParameters(_Plain):
         radius: In place of `dilations`, all neighbours of the square window of this radius.
         iterations: Steps of `refine`.
         bandwidth: par, varm: the contrast |n - I| / std is divided by it before it is squared; None takes the
-            published 0.3 (par) or 0.25 (varm).
+            published 0.3 (par) or 0.25 (varm). 1e-6 to 1e6.
         second_weight: Share of the position term (par) or of the variation term (varm); None takes 0.01.
         terms: gaussian: the terms that are added.
         normalise: Divide the weights so that those of a pixel add up to 1. Without it the published sums
