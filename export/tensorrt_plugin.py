@@ -24,6 +24,7 @@ from wsss_deploy.errors import ExportError
 from wsss_deploy.pairwise import PairwiseParameters
 from wsss_deploy.pairwise.cuda_launch import BLOCK
 from wsss_deploy.pairwise.cuda_source import ptx
+from wsss_deploy.pairwise.forms import MOST_NEIGHBOURS
 
 #: Attribute of both nodes: the operator's parameters as JSON.
 ATTRIBUTE = "parameters"
@@ -54,10 +55,10 @@ def _register(trt: Any, trtp: Any) -> None:
 
     def affinity(guide: Any, parameters: Any) -> Any:
         batch, _, height, width = guide.shape_expr
-        count = len(PairwiseParameters.model_validate_json(parameters).offsets)
-        return trtp.from_shape_expr((batch, count, height, width), guide.dtype)
+        return trtp.from_shape_expr((batch, _neighbours(parameters), height, width), guide.dtype)
 
     def step(masks: Any, weights: Any, parameters: Any) -> Any:
+        _neighbours(parameters)
         return masks.like()
 
     def launch(kernel: str, sized: Any, parameters: str) -> tuple[str, bytes, Any, Any]:
@@ -100,3 +101,18 @@ def _register(trt: Any, trtp: Any) -> None:
         trtp.register(name)(declare)
         trtp.aot_impl(name)(implement)
         trtp.autotune(name)(tune)
+
+
+def _neighbours(parameters: str) -> int:
+    """How many neighbours a node has.
+
+    Raises:
+        ExportError: More than the kernels take: the assembler would refuse them in the middle of the build.
+    """
+    count = len(PairwiseParameters.model_validate_json(parameters).offsets)
+    if count > MOST_NEIGHBOURS:
+        raise ExportError(
+            f"the refinement has {count} neighbours, the TensorRT plugin takes at most {MOST_NEIGHBOURS}; choose a "
+            "smaller radius or fewer dilations, or build the engine without refinement in the graph"
+        )
+    return count

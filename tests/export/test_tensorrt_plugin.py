@@ -16,6 +16,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -231,6 +233,28 @@ def test_both_plugins(ask, kind):
         # TensorRT's order: inputs, the four sizes, output.
         assert re.findall(r"\.param \.(\w+)", arguments) == ["u64"] * len(request["inputs"]) + ["u32"] * 4 + ["u64"]
         assert ("cvt.f32.f16" in code) == (kind == "half")
+
+
+def test_more_neighbours_than_the_kernels_take_are_refused_when_the_shape_is_asked_for():
+    from export import tensorrt_plugin
+    from wsss_deploy.errors import ExportError
+
+    declared = {}
+    plugins = MagicMock()
+    plugins.register = lambda name: lambda function: declared.setdefault(name, function)
+    tensorrt_plugin._register(MagicMock(), plugins)
+    port = SimpleNamespace(shape_expr=(1, 3, 16, 16), dtype="float", like=lambda: "like")
+    for radius, taken in ((7, True), (8, False), (32, False)):
+        terms = (GaussianTerm(sigma_rgb=0.1),)
+        text = PairwiseParameters(kind="gaussian", radius=radius, terms=terms).to_json()
+        for name, ports in (("wsss::PairwiseAffinity", [port]), ("wsss::PairwiseStep", [port, port])):
+            if taken:
+                assert declared[name](*ports, text) is not None
+                continue
+            with pytest.raises(
+                ExportError, match=rf"has {(2 * radius + 1) ** 2 - 1} neighbours, .* at most 256; choose"
+            ):
+                declared[name](*ports, text)
 
 
 def assemblers() -> list[str]:
