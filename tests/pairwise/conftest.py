@@ -29,6 +29,20 @@ CASES = {
 }
 
 
+VECTORS = [
+    f"{kind}_{name}"
+    for kind in ("par", "varm")
+    for name in (
+        "01_small_weights",
+        "02_official_c21_upsampled",
+        "03_blocks_onehot",
+        "04_flat_degenerate",
+        "05_grad",
+        "06_noise_15iter",
+    )
+]
+
+
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES.values(), ids=CASES)
@@ -57,6 +71,18 @@ def isa(request, compiled) -> str:
     except ValueError as error:
         pytest.skip(str(error))
     return request.param
+
+
+@pytest.fixture(params=VECTORS)
+def vector(request, shared):
+    """Parameters and arrays of a published file."""
+    data = np.load(shared / "parity" / f"{request.param}.npz")
+    parameters = PairwiseParameters(
+        kind=request.param.split("_")[0],
+        dilations=tuple(int(d) for d in data["dilations"]),
+        iterations=int(data["num_iter"]),
+    )
+    return parameters, data
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ def test_what_is_not_finite_reaches_the_same_pixels(compiled):
 
 @pytest.mark.parametrize(("dtype", "largest"), [(np.float32, 1e17), (np.float64, 1e150)])
 def test_guides_of_large_values_give_numbers(case, compiled, dtype, largest):
-    """Up to the limit that the documentation gives. (Not the same: rounding decides which of equal variations is less.)"""
+    """Up to the documented limit. (Not the same numbers: rounding decides which of equal variations is less.)"""
     wide = case.model_copy(update={"radius": 12, "iterations": 1})
     for parameters in (case, wide):
         guide = (np.random.default_rng(0).choice([-1.0, 0.1, 1.0], (1, 4, 9, 11)) * largest).astype(dtype)

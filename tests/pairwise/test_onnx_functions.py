@@ -65,6 +65,17 @@ def test_bodies_equal_the_reference_at_every_size(case, scene, opset):
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_published_vectors(vector):
+    parameters, data = vector
+    guide = data["imgs"].astype(np.float32)
+    masks = numpy_form.resize(data["masks"].astype(np.float32), *guide.shape[2:])
+    model = graph(parameters, 20)
+    attach_functions(model, parameters)
+    (out,) = session(model).run(None, {"guide": guide, "masks": masks})
+    expected = data["out_f64"]
+    assert np.abs(out - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_guides_at_the_end_of_the_numbers():
     """A channel whose neighbours are all the same, one whose neighbours nearly are; Gaussians that are hardly any."""
     rng = np.random.default_rng(5)

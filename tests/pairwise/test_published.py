@@ -1,35 +1,15 @@
-"""Every instruction set against the published modules' own outputs; tests/parity runs the forms."""
+"""Every form that tests/parity cannot run against the published modules' own outputs.
+
+These are the single instruction sets and the CUDA kernels, by a stand-in for the driver; the ONNX functions are in
+test_onnx_functions.py.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
+import torch
 
-from wsss_deploy.pairwise import PairwiseParameters, native, numpy_form
-
-FILES = [
-    f"{kind}_{name}"
-    for kind in ("par", "varm")
-    for name in (
-        "01_small_weights",
-        "02_official_c21_upsampled",
-        "03_blocks_onehot",
-        "04_flat_degenerate",
-        "05_grad",
-        "06_noise_15iter",
-    )
-]
-
-
-@pytest.fixture(params=FILES)
-def vector(request, shared):
-    data = np.load(shared / "parity" / f"{request.param}.npz")
-    parameters = PairwiseParameters(
-        kind=request.param.split("_")[0],
-        dilations=tuple(int(d) for d in data["dilations"]),
-        iterations=int(data["num_iter"]),
-    )
-    return parameters, data
+from wsss_deploy.pairwise import cuda_form, native, numpy_form
 
 
 def deviation(ours, published) -> float:
@@ -44,3 +24,13 @@ def test_every_instruction_set(vector, isa):
     out = np.empty_like(masks)
     native.refine(parameters, masks, guide, None, out, 2, isa)
     assert deviation(out, data["out_f64"]) < 1e-7
+
+
+def test_the_cuda_kernels(vector, driver):
+    parameters, data = vector
+    guide = torch.from_numpy(data["imgs"].astype(np.float32))
+    masks = torch.from_numpy(numpy_form.resize(data["masks"].astype(np.float32), *guide.shape[2:])).contiguous()
+    out = torch.empty_like(masks)
+    cuda_form.refine(parameters, masks, guide.contiguous(), None, out)
+    assert deviation(out, data["out_f64"]) < 1e-5
+    assert len(driver.launches) == 1 + parameters.iterations
