@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import numpy as np
 from wsss_deploy.backends import check_device_name
 from wsss_deploy.cli.output_names import output_names
 from wsss_deploy.errors import ImageError, UsageError, WsssError
+from wsss_deploy.native_stderr import without_lines
 from wsss_deploy.segmentation import write_png
 
 _log = logging.getLogger(__name__)
 
+_WARNED = b"has constructor arguments in the object store and max_restarts > 0"
 _INSTALL = "pip install 'wsss-deploy[ray]'"
 
 
@@ -177,7 +180,10 @@ def predict_on_ray(
             num_gpus=1 if gpu else 0,
             num_cpus=threads,
         )
-        found = rows.take_all()
+        # Ray Data lets dead workers begin anew and gives them their arguments by its store, of which Ray warns each
+        # time. This process holds them until all is done: they cannot be lost while a worker may need them.
+        with nullcontext() if _log.isEnabledFor(logging.DEBUG) else without_lines(_WARNED):
+            found = rows.take_all()
     except ray.exceptions.RayError as error:
         raise WsssError(f"the workers failed ({_root(str(error))}); --debug shows all of it") from error
     finally:
