@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
 
 from wsss_deploy import Segmenter, environment, refinement
+from wsss_deploy.cli.doctor import main
 from wsss_deploy.environment import cpu_quota, cpu_threads
 from wsss_deploy.refinement import DEFAULT, Refiner
 
@@ -68,13 +70,16 @@ def test_threads_are_the_smaller_of_both(monkeypatch, quota, threads):
     assert cpu_threads() == threads
 
 
-def test_onnxruntime_and_the_refinement_keep_to_the_quota(color_onnx, monkeypatch):
+def test_onnxruntime_and_the_refinement_keep_to_the_quota(color_onnx, monkeypatch, capsys):
     ort = pytest.importorskip("wsss_deploy.backends.onnxruntime_backend")
     monkeypatch.setattr(ort, "cpu_threads", lambda: 3)
     segmenter = Segmenter(color_onnx, device="cpu")
     assert segmenter.describe()["threads"] == 3
     assert segmenter.runtime._session.get_session_options().intra_op_num_threads == 3
     assert Segmenter(color_onnx, device="cpu", threads=2).describe()["threads"] == 2
+    with pytest.raises(SystemExit):
+        main([str(color_onnx), "--device", "cpu"])
+    assert re.search(r"ran in onnxruntime .*, 3 CPU threads\n", capsys.readouterr().out)
     asked = []
 
     def noted(scores, guide, parameters, threads, storage):
