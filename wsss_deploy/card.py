@@ -246,7 +246,11 @@ def problems(error: Exception) -> str:
         error: What reading or making it raised.
     """
     if isinstance(error, ValidationError):
-        told = (f"{'.'.join(map(str, item['loc'])) or 'card'}: {item['msg']}" for item in error.errors())
+        found = error.errors()
+        # pydantic also counts what is left of a list without its bad items.
+        inner = {item["loc"][:-1] for item in found}
+        found = [item for item in found if item["type"] != "too_short" or item["loc"] not in inner]
+        told = (f"{'.'.join(map(str, item['loc'])) or 'card'}: {item['msg']}" for item in found)
         return visible("; ".join(told), keep="")
     return str(error)
 
