@@ -54,7 +54,7 @@ def test_a_second_export_is_the_next_version(exported, tmp_path):
 
 
 def test_an_engine_has_the_other_platform(tiny_card):
-    name = 'quote " back \\ umlaut ä \U0001f600 and\nnewline'
+    name = 'quote " back \\ umlaut ä \U0001f600 and joiner \u200d'
     config = parse(config_text(tiny_card.model_copy(update={"name": name}), "m", ".engine", max_batch=1))
     assert (config.platform, config.default_model_filename) == ("tensorrt_plan", "model.plan")
     assert not config.HasField("dynamic_batching")
