@@ -138,6 +138,8 @@ class Refinement(_Plain):
     def _check(self) -> Self:
         if not self.parameters.normalise and self.parameters.mean_field is None:
             raise ValueError("refined scores have to stay probabilities: set normalise, or a mean-field form")
+        if any(term.sigma_features is not None for term in self.parameters.terms):
+            raise ValueError(f"the guide '{self.guide}' has colours alone: leave sigma_features out of the terms")
         return self
 
     def __str__(self) -> str:

@@ -191,6 +191,13 @@ def test_parameters_that_lose_mass_are_refused(color_onnx):
         Refinement(parameters=PairwiseParameters())
 
 
+def test_features_that_a_guide_of_colours_has_not_are_refused():
+    terms = ({"weight": 1.0, "sigma_rgb": 0.1, "sigma_features": 0.5},)
+    parameters = {"kind": "gaussian", "dilations": (1,), "radius": None, "normalise": True, "terms": terms}
+    with pytest.raises(ValueError, match="'opponent' has colours alone"):
+        Refinement.model_validate({"parameters": parameters, "guide": "opponent"})
+
+
 def test_pixels_without_any_neighbour_alike_keep_their_scores():
     scores = np.random.default_rng(0).dirichlet((1, 1, 1), (1, 9, 9)).transpose(0, 3, 1, 2).astype(np.float32)
     image = np.zeros((1, 9, 9, 3), np.uint8)
