@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 import training.cam_stage
+import training.run
 import training.token_stage
 from training.cam.attention import AffinityHead, AttentionTap
 from training.cam.head import CamHead, depth_index, encode, freeze
@@ -375,6 +376,31 @@ def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeyp
     monkeypatch.setattr(training.token_stage, "fit_tokens", None)
     again = load_model(run(recipe, source, folder, resume=True, show=False).model)[1]
     assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+@pytest.mark.parametrize(("least", "terms"), [(0.0, {"partial_ce", "absent"}), (1.0, {"partial_ce", "teacher"})])
+def test_the_methods_other_terms_are_for_labels_that_are_not_carried_on(
+    tagged, tmp_path, values, monkeypatch, least, terms
+):
+    seen, build = [], training.run.build_method
+
+    def building(settings, *rest):
+        method = build(settings, *rest)
+        method.register_forward_hook(lambda _module, _given, found: seen.append(set(found)))
+        return method
+
+    monkeypatch.setattr(training.run, "build_method", building)
+    monkeypatch.setattr(training.token_stage, "recall_of", lambda *_: 0.5)
+    source = open_dataset(write_points(tagged, tmp_path / "data"))
+    values["method"] = carrying(least=least, alone=True, absent=True) | {"teacher": {"start": 0.0}}
+    run(resolve_recipe(source, "points", [values]), source, tmp_path / "run", show=False)
+    assert seen
+    assert all(found == terms for found in seen)
+
+
+def test_absent_classes_of_the_labels_alone():
+    with pytest.raises(ValidationError, match="absent is for alone"):
+        TypeAdapter(MethodSettings).validate_python({"name": "partial_ce", "propagate": {"absent": True}})
 
 
 def test_labels_are_not_carried_on_by_features_that_tell_nothing_apart(tagged, tmp_path, values, caplog, monkeypatch):
