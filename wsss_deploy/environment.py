@@ -50,6 +50,15 @@ def cpu_threads() -> int:
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
+def thread_limit() -> int | None:
+    """`cpu_threads` where that is fewer than the machine has; None where all are this process's.
+
+    Then a runtime's own default is best, which knows the machine's physical cores and binds threads to them.
+    """
+    count = cpu_threads()
+    return count if count < (os.cpu_count() or 1) else None
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs whose time this process's control groups (Linux, version 1 or 2) allow it; None without a limit.
 

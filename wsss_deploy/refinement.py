@@ -17,7 +17,6 @@ import numpy as np
 from pydantic import ValidationError
 
 from wsss_deploy.card import ModelCard, Refinement
-from wsss_deploy.environment import cpu_threads
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import Form, PairwiseParameters, refine
 from wsss_deploy.pairwise.api import Storage
@@ -63,8 +62,7 @@ class Choice:
         """What has to be applied to the model's scores; None if nothing has.
 
         Args:
-            threads: CPU threads; None takes torch's number for tensors and `cpu_threads` of
-                `wsss_deploy.environment` for arrays.
+            threads: CPU threads; None as in `wsss_deploy.pairwise.refine`.
         """
         return None if self.settings is None or self.in_graph else Refiner(self.settings, threads)
 
@@ -93,8 +91,7 @@ class Refiner:
 
     Args:
         settings: Operator and guide.
-        threads: CPU threads; None takes torch's number for tensors and `cpu_threads` of
-            `wsss_deploy.environment` for arrays.
+        threads: CPU threads; None as in `wsss_deploy.pairwise.refine`.
 
     Attributes:
         settings: As given.
@@ -102,7 +99,7 @@ class Refiner:
 
     def __init__(self, settings: Refinement, threads: int | None = None) -> None:
         self.settings = settings
-        self._threads, self._array_threads = threads, threads or cpu_threads()
+        self._threads = threads
 
     def __call__(self, scores: Array, images: Array) -> Array:
         """Refine scores.
@@ -120,8 +117,7 @@ class Refiner:
         guide = make_guide(images, self.settings.guide)
         # Of very many classes the small ones would add up to something that 16 bits lose.
         storage: Storage = "compact" if scores.shape[1] <= _COMPACT_CLASSES else "full"
-        threads = self._array_threads if isinstance(scores, np.ndarray) else self._threads
-        refined = refine(scores, guide, parameters, threads=threads, storage=storage)
+        refined = refine(scores, guide, parameters, threads=self._threads, storage=storage)
         return keep_lone(refined, scores, parameters)
 
 

@@ -64,7 +64,7 @@ def test_the_same_masks_as_torch(written, tiny_model, name):
 def test_threads_keep_to_the_quota(written, monkeypatch):
     from wsss_deploy.backends import openvino_backend
 
-    monkeypatch.setattr(openvino_backend, "cpu_threads", lambda: 1)
+    monkeypatch.setattr(openvino_backend, "thread_limit", lambda: 1)
     segmenter = Segmenter(written / "model.xml")
     assert segmenter.describe()["threads"] == 1
     assert segmenter.runtime._compiled.get_property("INFERENCE_NUM_THREADS") == 1

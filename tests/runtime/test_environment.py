@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from wsss_deploy import Segmenter, environment, refinement
+from wsss_deploy import Segmenter, environment
 from wsss_deploy.cli.doctor import main
 from wsss_deploy.environment import cpu_quota, cpu_threads
+from wsss_deploy.pairwise import api, native
 from wsss_deploy.refinement import DEFAULT, Refiner
 
 
@@ -72,23 +73,35 @@ def test_threads_are_the_smaller_of_both(monkeypatch, quota, threads):
 
 def test_onnxruntime_and_the_refinement_keep_to_the_quota(color_onnx, monkeypatch, capsys):
     ort = pytest.importorskip("wsss_deploy.backends.onnxruntime_backend")
-    monkeypatch.setattr(ort, "cpu_threads", lambda: 3)
+    monkeypatch.setattr(ort, "thread_limit", lambda: 3)
     segmenter = Segmenter(color_onnx, device="cpu")
     assert segmenter.describe()["threads"] == 3
     assert segmenter.runtime._session.get_session_options().intra_op_num_threads == 3
     assert Segmenter(color_onnx, device="cpu", threads=2).describe()["threads"] == 2
     with pytest.raises(SystemExit):
         main([str(color_onnx), "--device", "cpu"])
-    assert re.search(r"ran in onnxruntime .*, 3 CPU threads\n", capsys.readouterr().out)
+    assert re.search(r"ran in onnxruntime .*, CPU threads: 3\n", capsys.readouterr().out)
     asked = []
 
-    def noted(scores, guide, parameters, threads, storage):
+    def noted(parameters, masks, guide, unary, out, threads, compact):
         asked.append(threads)
-        return scores
+        out[:] = masks
 
-    monkeypatch.setattr(refinement, "cpu_threads", lambda: 3)
-    monkeypatch.setattr(refinement, "refine", noted)
+    monkeypatch.setattr(api, "cpu_threads", lambda: 3)
+    monkeypatch.setattr(native, "refine", noted)
     scores, images = np.full((1, 2, 8, 8), 0.5, np.float32), np.zeros((1, 8, 8, 3), np.uint8)
-    Refiner(DEFAULT)(scores, images)
-    Refiner(DEFAULT, 2)(scores, images)
-    assert asked == [3, 2]
+    if native.load()[0] is not None:
+        Refiner(DEFAULT)(scores, images)
+        Refiner(DEFAULT, 2)(scores, images)
+        assert asked == [3, 2]
+
+
+def test_a_runtime_chooses_by_itself_where_the_whole_machine_is_its_own(color_onnx, monkeypatch):
+    ort = pytest.importorskip("wsss_deploy.backends.onnxruntime_backend")
+    monkeypatch.setattr(environment, "cpu_threads", lambda: os.cpu_count())
+    assert environment.thread_limit() is None
+    segmenter = Segmenter(color_onnx, device="cpu")
+    assert segmenter.runtime._session.get_session_options().intra_op_num_threads == 0
+    assert segmenter.describe()["threads"] == "its default"
+    monkeypatch.setattr(environment, "cpu_threads", lambda: os.cpu_count() - 1)
+    assert ort.thread_limit() == os.cpu_count() - 1

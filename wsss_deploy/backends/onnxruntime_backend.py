@@ -15,7 +15,7 @@ from wsss_deploy.backends.bound_session import BoundSession
 from wsss_deploy.backends.device_layer import open_device
 from wsss_deploy.backends.device_refinement import form_beside
 from wsss_deploy.card import Refinement
-from wsss_deploy.environment import cpu_threads
+from wsss_deploy.environment import thread_limit
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.onnx_check import check_onnx
 from wsss_deploy.pairwise import Form, choose
@@ -74,8 +74,8 @@ class OnnxRuntimeBackend:
         path: The model file.
         device: "auto" takes CUDA if this build has it and a session really gets it, else the CPU; "cuda" fails if
             the session would run elsewhere.
-        threads: CPU threads of one inference; None takes `wsss_deploy.environment.cpu_threads`: ONNX Runtime by itself
-            knows of no container's quota.
+        threads: CPU threads of one inference; None takes ONNX Runtime's own number, the physical cores; it knows of
+            no container's quota and no affinity, so with these `wsss_deploy.environment.thread_limit`.
 
     Raises:
         ArtifactError: The file is no model of the export's contract.
@@ -85,7 +85,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(self, path: Path, device: str, threads: int | None = None) -> None:
-        self._threads = threads or cpu_threads()
+        self._threads = threads or thread_limit()
         self._reason = "asked for"
         check_onnx(path)
         card = read_card(path)
@@ -154,7 +154,7 @@ class OnnxRuntimeBackend:
     def _open(self, path: Path, providers: list[Any]) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about node placement are not the user's concern
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._threads or 0  # 0: its own choice
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exception classes share no base but Exception
@@ -218,5 +218,5 @@ class OnnxRuntimeBackend:
             "providers": self._session.get_providers(),
             "copies": self._copies,
             "precision": self._precision,
-            "threads": self._threads,
+            "threads": self._threads or "its default",
         }

@@ -17,7 +17,7 @@ import openvino
 from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output, failure, refined_here
 from wsss_deploy.card import Refinement
-from wsss_deploy.environment import cpu_threads
+from wsss_deploy.environment import thread_limit
 from wsss_deploy.errors import ArtifactError, BackendError
 from wsss_deploy.openvino_file import check_weights
 from wsss_deploy.pairwise import Form, choose
@@ -34,7 +34,8 @@ class OpenVinoBackend:
     Args:
         path: The `model.xml`; its weights lie beside it.
         device: "auto" and "cpu" are the CPU.
-        threads: CPU threads of one inference; None takes `wsss_deploy.environment.cpu_threads`.
+        threads: CPU threads of one inference; None takes OpenVINO's own number, or
+            `wsss_deploy.environment.thread_limit`.
 
     Raises:
         ArtifactError: The file is no model of the export's contract.
@@ -50,7 +51,7 @@ class OpenVinoBackend:
                 f"device '{device}' was asked for, OpenVINO runs {path.name} on the CPU; use device 'cpu'"
             )
         check_weights(path)
-        self._threads = threads or cpu_threads()
+        self._threads = threads or thread_limit()
         asked = _HINTS.get(read_card(path).precision)
         if asked is None:
             raise ArtifactError(
@@ -58,7 +59,8 @@ class OpenVinoBackend:
             )
         # A request at a time is what `predict` makes; the precision is the one that was compared with torch.
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": asked}
-        options["INFERENCE_NUM_THREADS"] = self._threads
+        if self._threads is not None:
+            options["INFERENCE_NUM_THREADS"] = self._threads
         try:
             self._compiled = openvino.Core().compile_model(str(path), "CPU", options)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
@@ -117,5 +119,5 @@ class OpenVinoBackend:
             "device_reason": "OpenVINO runs on the CPU here",
             # bf16 becomes float32 on a CPU that has none.
             "precision": self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
-            "threads": self._threads,
+            "threads": self._threads or "its default",
         }

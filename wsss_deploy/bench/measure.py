@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from wsss_deploy.environment import thread_limit
 from wsss_deploy.errors import BackendError
 
 
@@ -85,7 +86,7 @@ def measure(case: Case) -> dict[str, Any]:
     segmenter = Segmenter(
         case.model,
         device=case.device,
-        threads=case.threads,
+        threads=case.threads or thread_limit(),
         refine=case.refine,
         sizing=Sizing(long_side=case.size),
     )

@@ -233,7 +233,7 @@ def _print_model(report: dict[str, Any]) -> None:
             escape(f"trained with {protocol['method']} from {', '.join(protocol['supervision'])} on {protocol['data']}")
         )
     where = ", ".join(ran["providers"]) if "providers" in ran else ran["device"]
-    threads = f", {ran['threads']} CPU threads" if ran["device"] == "cpu" else ""
+    threads = f", CPU threads: {ran['threads']}" if ran["device"] == "cpu" else ""
     console.print(escape(f"ran in {ran['backend']} {ran['version']} on {where} ({ran['device_reason']}){threads}"))
     refinement = ran["refinement"]
     console.print(escape(f"refinement: {refinement.get('summary', 'none')} ({refinement['reason']})"))

@@ -17,6 +17,7 @@ from wsss_deploy.artifact import read_card
 from wsss_deploy.card import LARGEST_SIDE, Sizing
 from wsss_deploy.cli.common import MODEL_FILES, ArgumentParser, run_command
 from wsss_deploy.cli.output_names import output_names, replaceable
+from wsss_deploy.environment import thread_limit
 from wsss_deploy.errors import BackendError, ImageError, UsageError, WsssError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.image_files import find_images
@@ -99,7 +100,11 @@ def _predict(arguments: argparse.Namespace) -> int:
         planned = read_card(arguments.model).sizing.model_dump()
         sizing = Sizing(**{**planned, "tile": tiling.tile, "overlap": tiling.overlap})
     segmenter = Segmenter(
-        arguments.model, arguments.device, threads=arguments.threads, refine=arguments.refine, sizing=sizing
+        arguments.model,
+        arguments.device,
+        threads=arguments.threads or thread_limit(),
+        refine=arguments.refine,
+        sizing=sizing,
     )
 
     done: list[dict[str, Any]] = []

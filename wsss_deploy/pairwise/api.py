@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
+from wsss_deploy.environment import cpu_threads
 from wsss_deploy.errors import UsageError
 from wsss_deploy.pairwise import native, numpy_form
 from wsss_deploy.pairwise.forms import choose
@@ -28,7 +29,8 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
             of 1e17 and more (float64: 1e150) may give NaN, as sums of their squares are no numbers.
         parameters: Kind, neighbours, constants. `sigma_features` of a Gaussian term needs a guide of 4 channels.
         form: "auto", or a form's name to force it.
-        threads: CPU threads of the compiled form; None takes torch's number or all CPUs.
+        threads: CPU threads of the compiled form; None takes torch's number, for arrays
+            `wsss_deploy.environment.cpu_threads`.
 
     Returns:
         (N, K, H, W), K in the order of `parameters.offsets`. A NaN in the guide makes all weights NaN that
@@ -45,7 +47,7 @@ def affinity(guide: Array, parameters: PairwiseParameters, *, form: str = "auto"
         if _numpy_form(form, guide) == "numpy":
             return numpy_form.affinity(guide, parameters)
         weights = np.empty((guide.shape[0], len(parameters.offsets), *guide.shape[2:]), guide.dtype)
-        native.affinity(parameters, np.ascontiguousarray(guide), weights, threads or native.default_threads())
+        native.affinity(parameters, np.ascontiguousarray(guide), weights, threads or cpu_threads())
         return weights
     from wsss_deploy.pairwise import reference, torch_ops
 
@@ -95,7 +97,7 @@ def step(
         out = np.empty(masks.shape, masks.dtype)
         unary = None if unary is None else np.ascontiguousarray(unary)
         plain = np.ascontiguousarray(masks), np.ascontiguousarray(weights)
-        native.step(parameters, *plain, unary, out, threads or native.default_threads())
+        native.step(parameters, *plain, unary, out, threads or cpu_threads())
         return out
     from wsss_deploy.pairwise import reference, torch_ops
 
@@ -151,7 +153,7 @@ def refine(
             return numpy_form.refine(masks, guide, parameters).copy()
         out, masks = np.empty(masks.shape, masks.dtype), np.ascontiguousarray(masks)
         unary = numpy_form.unary_of(masks, parameters)
-        count = threads or native.default_threads()
+        count = threads or cpu_threads()
         native.refine(parameters, masks, np.ascontiguousarray(guide), unary, out, count, compact=storage == "compact")
         return out
     import torch

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -27,11 +26,6 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"compiled kernels are not in this installation ({error})"
     return module, f"compiled kernels, instruction set {module.instruction_set()}"
-
-
-def default_threads() -> int:
-    """The number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def affinity(parameters: PairwiseParameters, guide: Any, weights: Any, threads: int, isa: str = "auto") -> None:
