@@ -277,11 +277,11 @@ def network_rows(machine: Machine) -> Iterator[Row]:
                 yield Row("network", f"{encoder}, {name}, batch {batch}, {machine.side} px", text)
 
 
-def throughput_rows(machine: Machine, model: Path, name: str, where: str, flops: int, peak: float) -> Iterator[Row]:
+def throughput_rows(machine: Machine, model: Path, where: str, flops: int, dtype: torch.dtype) -> Iterator[Row]:
     """Images a second of a runtime, bytes of images in and class ids out, both over the bus."""
     import numpy as np
 
-    segmenter = Segmenter(model, device=where, refine=False)
+    segmenter, peak = Segmenter(model, device=where, refine=False), matmul_peak(machine, dtype)
     shape = (machine.side, machine.side, 3)
     for batch in (1, 8, 32) if machine.gpu else (1, 2):
         images = list(np.random.default_rng(1).integers(0, 256, (batch, *shape), dtype=np.uint8))
@@ -293,8 +293,8 @@ def throughput_rows(machine: Machine, model: Path, name: str, where: str, flops:
         taken = (time.perf_counter() - started) / machine.repeats
         text = f"{1e3 * taken:.2f} ms, {batch / taken:.0f} images/s"
         if where != "cpu":
-            text += f", {flops * batch / taken / peak:.0%} of the matmul peak"
-        yield Row("runtimes", f"{name}, {where}, masks of {batch}, {machine.side} px", text)
+            text += f", {flops * batch / taken / peak:.0%} of the matmul peak of {dtype}"
+        yield Row("runtimes", f"{model.name}, {where}, masks of {batch}, {machine.side} px", text)
 
 
 def runtime_rows(machine: Machine) -> Iterator[Row]:
@@ -302,6 +302,8 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
     import numpy as np
     import onnxruntime
     from torch.utils.flop_counter import FlopCounterMode
+
+    from export.onnx_graph import MODELS
 
     encoder = "vit_tiny_patch16_224" if machine.gpu else "test_vit"
     preprocessing = encoder_preprocessing(encoder, {})
@@ -318,7 +320,7 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
     image = np.random.default_rng(0).integers(0, 256, (machine.side, machine.side, 3), dtype=np.uint8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         DeployedNetwork(network, preprocessing).eval()(torch.from_numpy(image)[None])
-    flops, peak = counter.get_total_flops(), matmul_peak(machine, torch.float16 if machine.gpu else torch.float32)
+    flops = counter.get_total_flops()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt"
         save_model(model, card, network.state_dict())
@@ -327,8 +329,9 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
         largest = f"1x64x64/8x{machine.side}x{machine.side}/32x{machine.side}x{machine.side}"
         many = ("--precision", "fp16", "--shapes", largest)
         for kind, options in (("onnx", ()), ("engine", ()), ("engine", many)):
-            name = f"model.{kind}" + (" (fp16)" if options else "")
-            exported = Path(folder) / ("many" if options else "") / f"model.{kind}"
+            name = exported.name
+            # An artifact's name has its precision in it.
+            exported = Path(folder) / Path(MODELS["fp16" if options else "fp32"]).with_suffix(f".{kind}")
             if kind == "engine" and (find_spec("tensorrt") is None or not machine.gpu):
                 yield Row("runtimes", name, "not run: tensorrt is not installed, or no GPU is here")
                 continue
@@ -352,7 +355,7 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
                 yield Row("runtimes", name, "this ONNX Runtime has no CUDA provider; on the CPU:")
                 where = "cpu"
             if options or kind == "onnx":
-                yield from throughput_rows(machine, exported, name, where, flops, peak)
+                yield from throughput_rows(machine, exported, where, flops, torch.float16 if options else torch.float32)
             if options:
                 continue
             for refine, mask in expected.items():

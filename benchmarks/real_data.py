@@ -48,6 +48,9 @@ ABSENT = ("--set", "method.absent={}")
 # The Gated CRF loss at a quarter of the resolution: pairs up to 8 pixels apart in steps of 4, where the default has 5.
 _KERNEL = "method.kernels=[{weight: 1.0, xy: 2.0, rgb: 0.4}]"
 COARSE = ("--set", "method.stride=4", "--set", "method.radius=2", "--set", _KERNEL)
+_WALK = "{walk: {}, labels: {sure: 0.7}}"
+WALK = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _WALK + "}")
+WALK_GATED = ("--set", f"method.propagate={_WALK}")
 CARRIED_TEACHER = (
     "--set",
     "method={name: partial_ce, propagate: {tokens: {images: true}}, teacher: " + _TEACHER + "}",
@@ -62,7 +65,11 @@ SETTINGS = (
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf", extra=COARSE),
     Setting("voc-scribbles-default", "voc_animals", "scribbles", ""),
+    Setting("voc-scribbles-full", "voc_animals", "scribbles", "gated_crf"),
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
+    # Labels carried on by a random walk from the strokes, with cross-entropy or the Gated CRF loss.
+    Setting("voc-scribbles-walk", "voc_animals", "scribbles", "", extra=WALK),
+    Setting("voc-scribbles-walk-gated", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *WALK_GATED)),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *TEACHER)),
     Setting("voc-scribbles-absent", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *ABSENT)),
     Setting(
@@ -144,6 +151,9 @@ NO_CLAIM = (
     ("acdc-scribbles-default", "acdc-scribbles-gated"),
     ("acdc-scribbles-default", "acdc-scribbles-partial"),
     ("voc-scribbles-soft", "voc-scribbles-gated"),
+    ("voc-scribbles-walk", "voc-scribbles-full"),
+    ("voc-scribbles-walk-gated", "voc-scribbles-full"),
+    ("voc-scribbles-walk", "voc-scribbles-partial"),
     # DFR's kernel beside the Gated CRF loss's (both at stride 4), its head beside no regularisation, both beside each.
     *(
         (f"{prefix}-{better}", f"{prefix}-{worse}")
