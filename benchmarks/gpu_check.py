@@ -329,9 +329,9 @@ def runtime_rows(machine: Machine) -> Iterator[Row]:
         largest = f"1x64x64/8x{machine.side}x{machine.side}/32x{machine.side}x{machine.side}"
         many = ("--precision", "fp16", "--shapes", largest)
         for kind, options in (("onnx", ()), ("engine", ()), ("engine", many)):
-            name = exported.name
             # An artifact's name has its precision in it.
             exported = Path(folder) / Path(MODELS["fp16" if options else "fp32"]).with_suffix(f".{kind}")
+            name = exported.name
             if kind == "engine" and (find_spec("tensorrt") is None or not machine.gpu):
                 yield Row("runtimes", name, "not run: tensorrt is not installed, or no GPU is here")
                 continue
