@@ -50,6 +50,7 @@ _KERNEL = "method.kernels=[{weight: 1.0, xy: 2.0, rgb: 0.4}]"
 COARSE = ("--set", "method.stride=4", "--set", "method.radius=2", "--set", _KERNEL)
 _WALK = "{walk: {}, labels: {sure: 0.7}}"
 WALK = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _WALK + "}")
+WALK_TEACHER = ("--set", f"method={{name: partial_ce, absent: {{}}, teacher: {_TEACHER}, propagate: {_WALK}}}")
 WALK_GATED = ("--set", f"method.propagate={_WALK}")
 CARRIED_TEACHER = (
     "--set",
@@ -69,6 +70,7 @@ SETTINGS = (
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     # Labels carried on by a random walk from the strokes, with cross-entropy or the Gated CRF loss.
     Setting("voc-scribbles-walk", "voc_animals", "scribbles", "", extra=WALK),
+    Setting("voc-scribbles-walk-teacher", "voc_animals", "scribbles", "", extra=WALK_TEACHER),
     Setting("voc-scribbles-walk-gated", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *WALK_GATED)),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *TEACHER)),
     Setting("voc-scribbles-absent", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *ABSENT)),
@@ -153,6 +155,7 @@ NO_CLAIM = (
     ("voc-scribbles-soft", "voc-scribbles-gated"),
     ("voc-scribbles-walk", "voc-scribbles-full"),
     ("voc-scribbles-walk-gated", "voc-scribbles-full"),
+    ("voc-scribbles-walk-teacher", "voc-scribbles-walk"),
     ("voc-scribbles-walk", "voc-scribbles-partial"),
     # DFR's kernel beside the Gated CRF loss's (both at stride 4), its head beside no regularisation, both beside each.
     *(

@@ -13,7 +13,6 @@ import torch
 
 from training.cam.labels import sure_labels
 from training.cam.pseudo_labels import PseudoLabelSource, network_image, pseudo_label, write_label
-from training.cam.random_walk import Walk
 from training.cam_stage import LABELS, STAGE, begin_labels, label_key
 from training.data.dataset import DataSource, has_background
 from training.data.pipeline import TrainingSet
@@ -62,7 +61,7 @@ def add_propagated_labels(
     """
     labelled = PseudoLabelSource(source, folder / LABELS)
     key = label_key(settings.labels, settings.tokens, recipe, _what_the_stage_reads(recipe, settings))
-    walk = None if settings.walk is None else Walk(settings.walk.power, settings.walk.restart)
+    walk = settings.walk
     begin_labels(folder, f"{key} {settings.least}" + (f" {walk}" if walk else ""))
     missing = [name for name in given.names if not labelled.path(name).is_file()]
     if not missing:

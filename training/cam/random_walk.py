@@ -8,24 +8,16 @@ what a classifier of the whole data set says of the place where it is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wsss_deploy.card import IGNORE_INDEX
 
-# Positions between which it walks at most: their matrix takes 64 MB, solving for it a second. Finer maps are averaged.
+# Positions between which it walks at most: each of a few matrices of them takes 64 MB, solving a second. Finer maps
+# are averaged.
 _POSITIONS = 4096
 _TINY = 1e-12
-
-
-class Walk(NamedTuple):
-    """`power` and `restart` of `random_walk`."""
-
-    power: float
-    restart: float
 
 
 def label_parts(labels: Tensor, size: tuple[int, int], classes: int) -> Tensor:

@@ -26,9 +26,9 @@ from training.cam.attention import AttentionTap, attention_layers
 from training.cam.calibration import along_attention, along_correlation, prototype_maps, with_prototypes
 from training.cam.head import CamHead, encode
 from training.cam.objectness import Objectness
-from training.cam.random_walk import Walk, label_parts, random_walk
+from training.cam.random_walk import label_parts, random_walk
 from training.methods.cam_methods import CamModel
-from training.methods.tag_settings import TokenSettings
+from training.methods.tag_settings import TokenSettings, WalkSettings
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.errors import TrainingError
 from wsss_deploy.networks.encoder import Encoder
@@ -190,7 +190,12 @@ class TokenCams(CamModel):
 
     @torch.no_grad()
     def probabilities(
-        self, encoder: Encoder, image: Tensor, possible: Tensor, given: Tensor | None = None, walk: Walk | None = None
+        self,
+        encoder: Encoder,
+        image: Tensor,
+        possible: Tensor,
+        given: Tensor | None = None,
+        walk: WalkSettings | None = None,
     ) -> Tensor:
         """Probabilities among the classes that an image may hold, mean over scales.
 

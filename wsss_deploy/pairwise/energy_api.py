@@ -63,7 +63,7 @@ def energy(
     if has_tangent(probabilities, *features, source, destination, compatibility):
         raise UsageError(
             "an argument of the pair energy is a dual number (torch.func.jvp, forward_ad), but the energy has no "
-            "derivative in forward mode; use backward, torch.autograd.grad or torch.func.grad"
+            "derivative in forward mode; use backward or torch.autograd.grad"
         )
     chosen = energy_form(probabilities, parameters.radius, form)
     ones = torch.ones_like(probabilities[:, :1])
