@@ -15,7 +15,7 @@ from PIL import Image
 
 from wsss_deploy.artifact import check_path, read_card
 from wsss_deploy.backends import check_device_name, open_backend
-from wsss_deploy.backends.base import Backend
+from wsss_deploy.backends.base import BATCH_PIXELS, Backend
 from wsss_deploy.card import ModelCard, Sizing
 from wsss_deploy.errors import ArtifactError, ImageError, OutOfMemoryError, UsageError
 from wsss_deploy.images import ImageSource, load_image
@@ -26,10 +26,6 @@ from wsss_deploy.tiling import ArrayWindows, Block, Tiling, WindowReader, joined
 
 if TYPE_CHECKING:
     from wsss_deploy.networks import SegmentationNetwork
-
-#: Pixels (at the network's size) that one inference of `predict_batch` takes at most, unless one image has more, or the
-#: runtime knows better (`Backend`).
-BATCH_PIXELS = 2_000_000
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -185,7 +181,7 @@ class Segmenter:
                 continue
             groups.setdefault(item.resized.shape[:2], []).append(index)
         for (height, width), members in groups.items():
-            count = self._at_once(height, width)
+            count = self._at_once(height, width, masks=False)
             for start in range(0, len(members), count):
                 part = members[start : start + count]
                 results.update(zip(part, _halving(self._infer, [prepared[index] for index in part]), strict=True))
@@ -219,7 +215,7 @@ class Segmenter:
             if kept and not tiled and self._refiner is None:
                 direct.setdefault(image.shape, []).append(index)
         for (height, width, _), members in direct.items():
-            count = self._at_once(height, width)
+            count = self._at_once(height, width, masks=True)
             for start in range(0, len(members), count):
                 part = members[start : start + count]
                 masks = _halving(lambda batch: list(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
@@ -346,10 +342,10 @@ class Segmenter:
         seen = resized(image, self._card)
         return _Prepared(image, seen, _milliseconds(start))
 
-    def _at_once(self, height: int, width: int) -> int:
-        """Images of one size that are given to the runtime together."""
-        budget: Callable[[int, int], int] | None = getattr(self._backend, "batch_budget", None)
-        return max(1, BATCH_PIXELS // (height * width)) if budget is None else budget(height, width)
+    def _at_once(self, height: int, width: int, masks: bool) -> int:
+        """Images of one size that are given to the runtime together, for their masks alone or for scores."""
+        budget: Callable[[int, int, bool], int] | None = getattr(self._backend, "batch_budget", None)
+        return max(1, BATCH_PIXELS // (height * width)) if budget is None else budget(height, width, masks)
 
     def _infer(self, batch: list[_Prepared]) -> list[Segmentation]:
         start = time.perf_counter()

@@ -27,7 +27,7 @@ from wsss_deploy.cli.file_checks import check_file
 from wsss_deploy.engine_manifest import manifest_path, plugin_digests, read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError, BackendError, ExportError, UsageError
 from wsss_deploy.pairwise.cuda_source import source
-from wsss_deploy.refinement import DEFAULT
+from wsss_deploy.refinement import DEFAULT, Refiner
 from wsss_deploy.sizing import network_size
 
 pytestmark = pytest.mark.timeout(900)
@@ -188,7 +188,92 @@ def test_batches_overlap_with_default_shapes(tiny_onnx, tmp_path, lazy_machine, 
 
 @pytest.mark.parametrize(("side", "images"), [(16, 16), (512, 16), (1448, 16), (1500, 12), (4000, 2), (9000, 1)])
 def test_images_of_one_call(engine, side, images):
-    assert TensorRTBackend(engine, "cuda").batch_budget(side, side) == images
+    for masks in (False, True):
+        assert TensorRTBackend(engine, "cuda").batch_budget(side, side, masks) == images
+
+
+def with_card(backend, classes, shapes):
+    """The backend as if its engine were of other classes and shapes."""
+    manifest = backend._manifest
+    card = manifest.card.model_copy(update={"classes": tuple(map(str, range(classes)))})
+    backend._manifest = manifest.model_copy(update={"card": card, "shapes": read_shapes(shapes)})
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("classes", "shapes", "side", "batch", "scores", "masks"),
+    [
+        (4, "1x1x1/1x512x512/8x1024x1024", 512, 8, 32, 32),
+        (4, "1x1x1/1x512x512/8x1024x1024", 1024, 8, 32, 32),
+        (21, "1x1x1/1x512x512/8x1024x1024", 512, 7, 21, 28),
+        (150, "1x1x1/1x512x512/8x1024x1024", 512, 7, 7, 28),
+        (150, "1x1x1/1x512x512/8x1024x1024", 1024, 1, 1, 4),
+        (150, "1x1x1/8x1024x1024/8x1024x1024", 1024, 8, 8, 32),  # so many were asked for
+        (150, "2x1x1/2x512x512/8x1024x1024", 1024, 8, 8, 32),
+    ],
+)
+def test_scores_of_one_call_are_bounded_in_bytes(engine, classes, shapes, side, batch, scores, masks):
+    backend = with_card(TensorRTBackend(engine, "cuda"), classes, shapes)
+    assert backend._batch(side, side) == batch, "of one slot"
+    assert [backend.batch_budget(side, side, masks) for masks in (False, True)] == [scores, masks]
+    assert scores == batch or 4 * classes * side * side * scores <= 2**29
+
+
+def test_a_slot_holds_one_batch_of_large_images(engine, tiny_onnx, machine, monkeypatch):
+    monkeypatch.setattr(runner, "BATCH_PIXELS", 2 * 64 * 80)
+    monkeypatch.setattr(runner, "_BYTES", 1)
+    backend = with_card(TensorRTBackend(engine, "cuda"), 4, "1x1x1/1x64x80/4x128x160")
+    images = np.stack([pattern_image(64, 80, seed) for seed in range(7)])
+    scores = backend.run(images).scores
+    assert machine[-1].uploaded == [2 * 64 * 80 * 3] * 3 + [64 * 80 * 3]
+    theirs = Segmenter(tiny_onnx, device="cpu", threads=1)
+    for found, image in zip(scores, images, strict=True):
+        np.testing.assert_allclose(found, theirs.predict(image).scores, atol=1e-6)
+
+
+class ShortNumpy:
+    """numpy that has no memory for arrays of more than four images."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, shape, dtype):
+        if shape[0] > 4:
+            raise MemoryError(f"Unable to allocate an array with shape {shape}")
+        return np.empty(shape, dtype)
+
+
+@pytest.mark.parametrize("method", ["predict_masks", "predict_batch"])
+def test_joined_outputs_that_do_not_fit_are_halved(engine, machine, monkeypatch, caplog, method):
+    segmenter = Segmenter(engine)
+    images = [pattern_image(64, 80, seed) for seed in range(14)]
+    expected = [segmenter.predict(image).mask for image in images]
+    monkeypatch.setattr(runner, "np", ShortNumpy())
+    for found, right in zip(getattr(segmenter, method)(images), expected, strict=True):
+        np.testing.assert_array_equal(found if method == "predict_masks" else found.mask, right)
+    assert "A batch of 14 images does not fit into memory" in caplog.text
+
+
+@pytest.mark.parametrize("count", [3, 11])
+def test_refinement_on_the_host_is_of_each_batch(engine, tiny_onnx, machine, monkeypatch, caplog, count):
+    monkeypatch.setattr(runner._Slot, "obstacle", lambda *_: "an obstacle")
+    images = [pattern_image(64, 80, seed) for seed in range(count)]
+    ours, theirs = Segmenter(engine, refine=DEFAULT), Segmenter(tiny_onnx, device="cpu", refine=DEFAULT)
+    for found, image in zip(ours.predict_batch(images), images, strict=True):
+        np.testing.assert_allclose(found.scores, theirs.predict(image).scores, atol=1e-5)
+        assert found.timing["refinement"] > 0
+    refine = Refiner.__call__
+
+    def short(self, scores, images):
+        if count > 4 and len(seen) < 2:
+            seen.append(len(images))
+            raise MemoryError("Unable to allocate")
+        return refine(self, scores, images)
+
+    seen = []
+    monkeypatch.setattr(Refiner, "__call__", short)
+    assert len(ours.predict_batch(images)) == count
+    assert ("does not fit into memory" in caplog.text) == (count > 4)
 
 
 def test_a_failure_leaves_nothing_in_the_other_slot(engine, tiny_onnx, lazy_machine, monkeypatch):

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
 
 
+#: Pixels (at the network's size) that one inference of `Segmenter.predict_batch` takes at most, unless one image has
+#: more, or the runtime knows better.
+BATCH_PIXELS = 2_000_000
+
+
 class Output(NamedTuple):
     """What a runtime gives for a batch.
 
@@ -31,8 +36,8 @@ class Output(NamedTuple):
 class Backend(Protocol):
     """A model that is loaded in one runtime. `run` may be called from many threads.
 
-    A runtime that cuts what it is given into batches itself may also have `batch_budget(height, width)`: how many
-    images of that size it wants at once. Others get as many as `wsss_deploy.segmenter.BATCH_PIXELS` allows.
+    A runtime that cuts what it is given into batches itself may also have `batch_budget(height, width, masks)`: how
+    many images of that size `run`, or `masks`, wants at once. Others get as many as `BATCH_PIXELS` allows.
 
     Attributes:
         name: "torch", "onnxruntime", "tensorrt" or "openvino".

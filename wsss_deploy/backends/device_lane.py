@@ -46,6 +46,7 @@ class DeviceLane:
         dtype: npt.DTypeLike,
         launch: Callable[[int, int], None],
         refiner: Refiner | None,
+        into: npt.NDArray[Any] | None = None,
     ) -> Callable[[], tuple[npt.NDArray[Any], float | None]]:
         """Put upload, network, refinement and download into the stream, without waiting for them.
 
@@ -56,6 +57,7 @@ class DeviceLane:
             dtype: Of the output.
             launch: Puts the network into the stream, from the images' address to the output's.
             refiner: Of scores, one that the refinement has no obstacle against.
+            into: Takes the output, of its shape; None makes an array for it.
 
         Returns:
             A function that waits and gives the output, and the milliseconds that refining it took (None if it was not
@@ -74,7 +76,9 @@ class DeviceLane:
 
         def finish() -> tuple[npt.NDArray[Any], float | None]:
             self._layer.wait(self._stream)
-            return result.copy(), None if refined is None else refined[1]()  # the buffer is the next call's
+            found = np.empty(result.shape, result.dtype) if into is None else into
+            found[...] = result  # the buffer is the next call's
+            return found, None if refined is None else refined[1]()
 
         return finish
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import Output, failure, refined_here
+from wsss_deploy.backends.base import BATCH_PIXELS, Output, failure, refined_here
 from wsss_deploy.backends.device_lane import DeviceLane
 from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
 from wsss_deploy.backends.device_refinement import form_beside
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 
 SLOTS = 2
 _Finish: TypeAlias = Callable[[], "tuple[npt.NDArray[Any], float | None]"]
-#: The engine's largest batches that one call takes (two in each slot, so that both stay busy), and pixels whose scores
-#: lie in the host's memory together.
-_BATCHES, _PIXELS = 2 * SLOTS, 2**25
+#: Where a batch's output of a shape and type goes.
+_Place: TypeAlias = Callable[[tuple[int, ...], "np.dtype[Any]"], "npt.NDArray[Any]"]
+#: Batches that one call takes (two in each slot, so that both stay busy), bytes of scores and pixels of masks that lie
+#: in the host's memory together.
+_BATCHES, _BYTES, _PIXELS = 2 * SLOTS, 2**29, 2**25
 #: Calls with the same shape after which a slot records a graph; the first ones set kernels up.
 _WARM = 2
 
@@ -82,23 +84,41 @@ class TensorRTBackend:
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; refined before they leave the device where that is possible."""
-        return Output(*self._batches("scores", images, refiner))
+        scores, spent = self._batches("scores", images, refiner)
+        return Output(scores, spent)
 
     def masks(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Class ids, see `Backend.masks`: nothing else leaves the device."""
         found: npt.NDArray[np.uint8] = self._batches("mask", images)[0]
         return found
 
-    def batch_budget(self, height: int, width: int) -> int:
-        """Images of a size to give to one call: enough for all slots, whole batches where there are several.
+    def batch_budget(self, height: int, width: int, masks: bool) -> int:
+        """Images of a size to give to one call: whole batches, one at least, enough for all slots where memory allows.
 
         Args:
             height: Of the images.
             width: Of the images.
+            masks: For `masks`; else for `run`, whose scores take far more.
         """
-        most = self._manifest.shapes[2][0]
-        count = min(_BATCHES * most, max(1, _PIXELS // (height * width)))
-        return count if count < most else count // most * most
+        batch = self._batch(height, width)
+        fitting = _PIXELS // (height * width) if masks else _BYTES // self._score_bytes(height, width)
+        return batch * max(1, min(_BATCHES, fitting // batch))
+
+    def _batch(self, height: int, width: int) -> int:
+        """Images of a size that one slot takes at once.
+
+        The largest batch that the engine takes may be meant for small images: of large ones, with many classes, the
+        slot's buffers (on the device and page-locked) would hold gigabytes for as long as the backend lives.
+        """
+        low, best, high = self._manifest.shapes
+        if low[0] > 1:  # a remainder of fewer would be refused
+            return high[0]
+        pixels = max(BATCH_PIXELS, best[0] * best[1] * best[2])
+        fitting = max(pixels // (height * width), _BYTES // _BATCHES // self._score_bytes(height, width))
+        return min(high[0], max(1, fitting))
+
+    def _score_bytes(self, height: int, width: int) -> int:
+        return 4 * len(self._manifest.card.classes) * height * width
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""
@@ -115,7 +135,7 @@ class TensorRTBackend:
         self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
     ) -> tuple[npt.NDArray[Any], float]:
         """One output, and the milliseconds that refining took."""
-        most = self._manifest.shapes[2][0]
+        most = self._batch(*images.shape[1:3])
         for part in (images[:most], images[len(images) // most * most :]):
             if len(part) and not self._manifest.accepts(part.shape[:3]):
                 raise BackendError(
@@ -131,24 +151,28 @@ class TensorRTBackend:
                 slots.append(self._free.get_nowait())
         try:
             with self._layer.active():
-                parts = _in_turn(slots, batches, output, refiner)
+                whole, times = _in_turn(slots, batches, output, refiner)
         except (BackendError, MemoryError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            message = f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})"
-            raise failure(message, error) from error
+            raise self._failure(images, error) from error
         finally:
             for slot in slots:
                 self._free.put(slot)
         # Neither a slot nor the device is held while the CPU refines.
-        done = [
-            refined_here(found, batch, refiner) if spent is None else (found, spent)
-            for (found, spent), batch in zip(parts, batches, strict=True)
-        ]
-        if len(done) == 1:
-            return done[0]
+        try:
+            for index, (batch, spent) in enumerate(zip(batches, times, strict=True)):
+                if spent is None:
+                    part = whole[index * most : index * most + len(batch)]
+                    refined, times[index] = refined_here(part, batch, refiner)
+                    if refiner is not None:
+                        part[...] = refined
+        except MemoryError as error:
+            raise self._failure(images, error) from error
         # Refinements of two slots share the GPU, and each of them has the other's time as well.
-        spent = min(sum(spent for _, spent in done), (time.perf_counter() - began) * 1e3)
-        return np.concatenate([found for found, _ in done]), spent
+        return whole, min(sum(spent or 0.0 for spent in times), (time.perf_counter() - began) * 1e3)
+
+    def _failure(self, images: npt.NDArray[np.uint8], error: Exception) -> BackendError:
+        reason = str(error).partition("\n")[0]
+        return failure(f"TensorRT failed on {self.device} with images of {images.shape[:3]} ({reason})", error)
 
     def describe(self) -> dict[str, Any]:
         """What really runs, see `Backend.describe`."""
@@ -192,15 +216,16 @@ class _Slot:
             return f"the engine's scores are {self._types['scores']}"
         return self._lane.refinement.obstacle(settings)
 
-    def start(self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None = None) -> _Finish:
+    def start(self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None, place: _Place) -> _Finish:
         """Put upload, network, refinement and download of one output into the stream, see `DeviceLane.start`."""
         with self._reset_on_failure():
             there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
             if images.shape != self._shape:
                 self._prepare(images.shape)
             shape = tuple(self._context.get_tensor_shape(output))
+            kind = self._types[output]
             # The context has the addresses already: these buffers are the lane's.
-            finish = self._lane.start(images, output, shape, self._types[output], lambda *_: self._launch(), there)
+            finish = self._lane.start(images, output, shape, kind, lambda *_: self._launch(), there, place(shape, kind))
 
         def finished() -> tuple[npt.NDArray[Any], float | None]:
             with self._reset_on_failure():
@@ -251,22 +276,37 @@ class _Slot:
 
 def _in_turn(
     slots: list[_Slot], batches: list[npt.NDArray[np.uint8]], output: str, refiner: Refiner | None
-) -> list[tuple[npt.NDArray[Any], float | None]]:
-    """Outputs of batches in their order; while one slot computes, the next one's batch is staged and copied."""
-    found: list[tuple[npt.NDArray[Any], float | None]] = []
+) -> tuple[npt.NDArray[Any], list[float | None]]:
+    """Outputs of batches in one array, and the times of their refinements.
+
+    While one slot computes, the next one's batch is staged and copied. The array is there once: scores of a call that
+    were joined in the end would be there twice.
+    """
+    whole: npt.NDArray[Any] | None = None
+    times: list[float | None] = []
     started: deque[_Finish] = deque()
+    filled = 0
+
+    def place(shape: tuple[int, ...], kind: np.dtype[Any]) -> npt.NDArray[Any]:
+        nonlocal whole, filled
+        if whole is None:
+            whole = np.empty((sum(map(len, batches)), *shape[1:]), np.float32 if output == "scores" else kind)
+        filled += shape[0]
+        return whole[filled - shape[0] : filled]
+
     try:
         for index, batch in enumerate(batches):
             slot = slots[index % len(slots)]
             if len(started) == len(slots):  # this slot's
-                found.append(started.popleft()())
-            started.append(slot.start(batch, output, refiner))
-        found += [finish() for finish in started]
+                times.append(started.popleft()()[1])
+            started.append(slot.start(batch, output, refiner, place))
+        times += [finish()[1] for finish in started]
     except BaseException:
         for slot in slots:
             slot.settle()
         raise
-    return found
+    assert whole is not None  # there is one batch at least
+    return whole, times
 
 
 def load_tensorrt() -> Any:
