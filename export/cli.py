@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from export.formats import FORMATS, table
-from export.scratch import replace_together, scratch_folder
+from export.scratch import replace_together, scratch_folder, write_synced
 from wsss_deploy.artifact import read_card, report_name
 from wsss_deploy.card import ModelCard
 from wsss_deploy.cli.common import ArgumentParser, run_command
@@ -198,7 +198,7 @@ def _prove(
             f"figures are in {target.parent / REPORT_FAILED}"
         )
     written = candidate.with_name(report_name(target.name))
-    written.write_text(report.to_json(), encoding="utf-8")
+    write_synced(written, report.to_json().encode())
     return written, target.with_name(written.name)
 
 

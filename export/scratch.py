@@ -39,8 +39,10 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 def replace_together(*moves: tuple[Path, Path]) -> None:
     """Give files that belong together their names: all of them, or none.
 
-    SIGTERM and Ctrl-C wait until it is over. After an error, files of those names are what they were. Only a kill that
-    nothing can hold (SIGKILL) may leave some of them new and others old, which digests tell when they are read.
+    SIGTERM and Ctrl-C wait until it is over, where this is called in the main thread: in others nothing holds them, as
+    Python allows handlers there only. After an error, files of those names are what they were, but for those that the
+    file system does not give back. That, or a kill that nothing can hold (SIGKILL), may leave some of them new and
+    others old, which digests tell when they are read.
 
     Args:
         moves: Finished files, in a folder of `scratch_folder`, and their names on the same file system. The one that
@@ -58,11 +60,29 @@ def replace_together(*moves: tuple[Path, Path]) -> None:
                 done.append((target, kept))
         except BaseException:
             for target, kept in reversed(done):
-                if kept is None:
-                    target.unlink(missing_ok=True)
-                else:
-                    os.replace(kept, target)
+                # One that fails keeps neither the others from their names nor the first error from being told.
+                with suppress(OSError):
+                    if kept is None:
+                        target.unlink(missing_ok=True)
+                    else:
+                        os.replace(kept, target)
             raise
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that `replace_together` moves: after a loss of power its name must not stand for an empty file.
+
+    Args:
+        path: In a folder of `scratch_folder`.
+        content: Its bytes.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _kept(source: Path, target: Path) -> Path | None:

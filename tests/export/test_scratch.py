@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from export.scratch import replace_together
+from export.scratch import replace_together, write_synced
 from wsss_deploy.engine_manifest import EngineManifest, manifest_path, read_engine, read_manifest
 from wsss_deploy.errors import ArtifactError
 from wsss_deploy.openvino_file import CARD_ENTRY, WEIGHTS_ENTRY, check_weights, weights_path
@@ -85,6 +86,44 @@ def test_an_error_leaves_what_was_there(moves, monkeypatch, at, links):
     with pytest.raises(OSError, match="no space"):
         replace_together(*moves)
     assert now(moves) == [None, "old", "old"]
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_an_error_while_going_back_is_passed_over(moves, monkeypatch, stuck):
+    replace, unlink = os.replace, Path.unlink
+
+    def failing(source, target):
+        if source == moves[2][0]:
+            raise OSError("no space")
+        if stuck == 1 and source.name == "b.before":
+            raise PermissionError("stuck")
+        replace(source, target)
+
+    def stays(path, missing_ok=False):
+        if stuck == 0 and path == moves[0][1]:
+            raise PermissionError("stuck")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(Path, "unlink", stays)
+    with pytest.raises(OSError, match="no space"):
+        replace_together(*moves)
+    assert now(moves) == [["new", "old", "old"], [None, "new", "old"]][stuck]
+
+
+def test_what_is_moved_is_on_the_disk_before(moves, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(handle):
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    source, target = moves[1]
+    write_synced(source, b"report")
+    assert synced == [source.stat().st_ino]
+    replace_together((source, target))
+    assert target.read_text() == "report"
 
 
 def test_a_name_that_is_a_folder(moves):
