@@ -22,13 +22,14 @@ from export.half import to_half
 from export.onnx_functions import attach_functions, translation_table
 from export.parity import REPORT_FAILED, THRESHOLDS, check_parity
 from export.quantise import FEWEST, LADDER, quantise, split_images
-from export.scratch import replace_together, scratch_folder
+from export.scratch import replace_together, scratch_folder, write_synced
 from wsss_deploy import __version__
 from wsss_deploy.artifact import CARD_KEY, load_model, report_name
 from wsss_deploy.card import ModelCard, Refinement
 from wsss_deploy.errors import ExportError, ParityError
 from wsss_deploy.files import atomic_write
 from wsss_deploy.networks import DeployedNetwork, RefinedNetwork, restore_network
+from wsss_deploy.onnx_check import OPERATORS, STANDARD
 from wsss_deploy.refinement import DEFAULT
 
 OPSETS = range(18, 24)
@@ -73,7 +74,8 @@ def export_onnx(
         refine: Put the card's refinement (or else the package's) into the graph, for runtimes other than ours. Without
             it `Segmenter` refines as the card says, with the compiled operator, many times faster.
         size: The graph pads images to this many pixels a side and takes no larger ones; None leaves the size open where
-            the encoder allows it, and is the card's working size (at most `FIXED_SIZE`) where it does not.
+            the encoder allows it; where it does not, it is the card's window, or else its working size (at most
+            `FIXED_SIZE`).
         precision: "fp32", "fp16" (`export.half`) or "int8" (`export.quantise`, calibrated on `images`).
         data: Folder with masks and its split, on which the mIoU must not fall.
 
@@ -115,7 +117,7 @@ def export_onnx(
                 )
             # The report names the digest of its model, so that a kill in between cannot deceive.
             written = scratch / report_name(name)
-            written.write_text(report.to_json(), encoding="utf-8")
+            write_synced(written, report.to_json().encode())
             replace_together((written, folder / written.name), (candidate, folder / name))
             (folder / REPORT_FAILED).unlink(missing_ok=True)
     except OSError as error:
@@ -159,7 +161,8 @@ def build_graph(
 
     Raises:
         ArtifactError: The tensors do not fit the card.
-        ExportError: torch cannot export the network, or the result is too large for one file.
+        ExportError: torch cannot export the network, the result is too large for one file, or it has an operator that
+            the runtime refuses in files.
     """
     weight = sum(tensor.nbytes for tensor in state_dict.values())
     if weight > _MOST_BYTES:
@@ -196,6 +199,7 @@ def build_graph(
         raise ExportError(
             f"{source}: the exported graph is not valid ONNX ({_first_line(error)}); report this"
         ) from error
+    _check_operators(proto, card.architecture.encoder, source)
     return proto
 
 
@@ -268,6 +272,19 @@ def _clean(proto: onnx.ModelProto, num_classes: int) -> None:
         del holder.metadata_props[:]
     graph.name = "wsss_deploy"
     proto.producer_name, proto.producer_version = "wsss-deploy", __version__
+
+
+def _check_operators(proto: onnx.ModelProto, encoder: str, source: str) -> None:
+    """Say now, and of the encoder, what opening the file would say of an operator."""
+    ours = {(function.domain, function.name) for function in proto.functions}
+    for node in (*proto.graph.node, *(node for function in proto.functions for node in function.node)):
+        standard = node.domain in STANDARD
+        if (standard and node.op_type not in OPERATORS) or not (standard or (node.domain, node.op_type) in ours):
+            name = node.op_type if standard else f"{node.domain}::{node.op_type}"
+            raise ExportError(
+                f"{source}: encoder '{encoder}' needs the operator '{name}', which Segmenter refuses in ONNX files "
+                "(wsss_deploy/onnx_check.py); use another encoder, try another --opset, or report this"
+            )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Refused are tensors whose data lies outside of the file's folder, tensors that d
 tensors, operators that no export has (loops and branches above all, which could run without end), graphs inside of
 operators, and functions that call one another without end or grow beyond measure when they are inlined. Lengths in the
 file are not trusted. Not limited is how large a tensor becomes while the graph runs: `Expand`, `Range`, `Resize` and
-`Pad` are in every export.
+`Pad` are in every export, so that nothing would be gained by refusing `Tile` or `ConstantOfShape`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STRING = 8
 #: Domains of operators that runtimes bring along; a runtime would take its own in place of a file's function there.
 _RUNTIMES = ("ai.onnx", "com.microsoft", "com.ms.")
 #: The standard's own domain, by both of its names.
-_STANDARD = frozenset({"", "ai.onnx"})
+STANDARD = frozenset({"", "ai.onnx"})
 #: What exports have, of every family of encoders, precision and refinement (a test holds them against it) ...
 _WRITTEN = """
     Abs Add And ArgMax Attention Cast Clip Concat Constant Conv Cos DequantizeLinear Div Einsum Equal Erf Exp Expand
@@ -55,13 +55,14 @@ _WRITTEN = """
 """
 #: ... and what timm's other encoders may need: each does as much work as its inputs and outputs are large.
 _HARMLESS = """
-    AveragePool BatchNormalization Ceil Celu CumSum DepthToSpace Elu Flatten GatherElements Gemm GlobalAveragePool
-    GlobalMaxPool Greater GroupNormalization HardSigmoid HardSwish InstanceNormalization LeakyRelu LessOrEqual
-    LogSoftmax MaxPool Mean Min Mish Or PRelu Pow RMSNormalization Reciprocal ReduceL1 ReduceMax ReduceMin ReduceProd
-    ReduceSumSquare RotaryEmbedding Round ScatterElements Selu Sign Size Softplus Softsign SpaceToDepth Sum
-    Swish Tanh TopK Trilu Xor
+    AveragePool BatchNormalization Ceil Celu ConstantOfShape CumSum DepthToSpace Elu Flatten GatherElements Gemm
+    GlobalAveragePool GlobalMaxPool Greater GroupNormalization HardSigmoid HardSwish InstanceNormalization LeakyRelu
+    LessOrEqual LogSoftmax MaxPool Mean Min Mish Or PRelu Pow RMSNormalization Reciprocal ReduceL1 ReduceLogSumExp
+    ReduceMax ReduceMin ReduceProd ReduceSumSquare RotaryEmbedding Round ScatterElements Selu Sign Size Softplus
+    Softsign SpaceToDepth Sum Swish Tanh Tile TopK Trilu Xor
 """
-_OPERATORS = frozenset(_WRITTEN.split()) | frozenset(_HARMLESS.split())
+#: Standard operators that a file may have; the export holds its graphs against them, too.
+OPERATORS = frozenset(_WRITTEN.split()) | frozenset(_HARMLESS.split())
 #: Bits of an element by TensorProto.DataType; of a string, one byte of the file at least.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 8, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
 _BITS |= {16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
@@ -134,7 +135,7 @@ class _Checker:
             )
 
     def _declare(self, domain: str, name: str) -> None:
-        if domain in _STANDARD or domain.startswith(_RUNTIMES):
+        if domain in STANDARD or domain.startswith(_RUNTIMES):
             raise ArtifactError(
                 f"{self._path}: holds a function '{domain}::{name[:80]}' with the name of a runtime's own operator, "
                 "which wsss-export never writes; refused: use a file of wsss-export"
@@ -167,8 +168,8 @@ class _Checker:
 
     def _node(self, begin: int, end: int) -> None:
         operator, domain = (self._text(begin, end, _NODE, number) for number in (_NODE_OP, _NODE_DOMAIN))
-        if domain in _STANDARD:
-            if operator not in _OPERATORS:
+        if domain in STANDARD:
+            if operator not in OPERATORS:
                 raise ArtifactError(
                     f"{self._path}: needs the operator '{operator[:80]}', which is not among those of an export (one "
                     "that repeats or branches could run without end); refused: export it with wsss-export"

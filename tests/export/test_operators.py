@@ -6,11 +6,14 @@ import onnx
 import pytest
 import torch
 
+from export import onnx_graph
 from export.half import to_half
 from export.onnx_graph import build_graph
 from export.patterns import pattern_image
 from export.quantise import quantise
+from wsss_deploy.artifact import load_model
 from wsss_deploy.card import Architecture, ModelCard, default_palette
+from wsss_deploy.errors import ExportError
 from wsss_deploy.networks import build_network, encoder_preprocessing
 from wsss_deploy.onnx_check import _WRITTEN, check_onnx
 
@@ -70,3 +73,21 @@ def test_every_decoder_and_precision(decoder, tmp_path, one_thread):
     Image.fromarray(pattern_image(64, 64, 0)).save(tmp_path / "0.png")
     for form in (proto, to_half(proto), quantise(proto, card, [tmp_path / "0.png"], 0)):
         check(form, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("where", ["graph", "function"])
+def test_an_operator_outside_of_the_list_fails_the_export(tiny_model, tiny_onnx, monkeypatch, where):
+    card, state = load_model(tiny_model)
+    traced = onnx.load(tiny_onnx)
+    node = onnx.helper.make_node("RandomNormal", [], ["noise"], shape=[1])
+    if where == "graph":
+        traced.graph.node.append(node)
+    else:
+        opsets = [onnx.helper.make_opsetid("", 20)]
+        traced.opset_import.append(onnx.helper.make_opsetid("wsss", 1))
+        traced.functions.append(onnx.helper.make_function("wsss", "Noise", [], ["noise"], [node], opsets))
+        traced.graph.node.append(onnx.helper.make_node("Noise", [], ["noise"], domain="wsss"))
+    monkeypatch.setattr(onnx_graph, "_trace", lambda *_: traced)
+    told = f"model.pt: encoder '{card.architecture.encoder}' needs the operator 'RandomNormal', which Segmenter refuses"
+    with pytest.raises(ExportError, match=told):
+        build_graph(card, state, 20, "model.pt")
