@@ -7,7 +7,7 @@ import logging
 from wsss_deploy.card import LARGEST_SIDE, ModelCard, Preprocessing
 from wsss_deploy.errors import ExportError
 
-#: Largest side, in pixels, of a graph of fixed size that nobody asked for.
+#: Largest side, in pixels, of a graph of fixed size that neither a size nor a card's windows ask for.
 FIXED_SIZE = 512
 
 _log = logging.getLogger(__name__)
@@ -36,14 +36,17 @@ def with_fixed_size(card: ModelCard, size: int | None, source: str) -> ModelCard
         # These pick their windows, and whether to shift them, by the image's size; a trace keeps the example's choice.
         if "swin" not in card.architecture.encoder or card.preprocessing.fixed_size is not None:
             return card
-        wanted = min(card.sizing.tile or card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
+        # Windows keep their size: a graph that cannot take one is of no use.
+        wanted = card.sizing.tile or min(card.sizing.long_side or card.sizing.max_long_side, FIXED_SIZE)
         size = min(-(-wanted // stride) * stride, largest)
         _log.info("This encoder works at one size only: images are padded to %d pixels a side (--size)", size)
     tile = card.sizing.tile or 0
     if tile > size:
+        fitting = -(-tile // stride) * stride
+        remedy = f"pass --size {fitting} or more" if fitting <= largest else "no size does; cut smaller windows"
         raise ExportError(
             f"{source}: its card cuts images into windows of {tile} pixels, which a graph of size {size} cannot take; "
-            f"pass --size {-(-tile // stride) * stride} or more"
+            f"{remedy} (sizing.tile)"
         )
     # Built anew, not copied with a change, which pydantic would not look at.
     preprocessing = Preprocessing(**{**card.preprocessing.model_dump(), "fixed_size": size})

@@ -57,6 +57,35 @@ def test_a_fixed_size_takes_the_windows_of_the_card(tiny_card):
     assert with_fixed_size(card, 128, "model.pt").preprocessing.fixed_size == 128
 
 
+@pytest.mark.parametrize(
+    ("stride", "sizing", "size"),
+    [
+        (32, Sizing(tile=700, overlap=8), 704),
+        (32, Sizing(tile=120, overlap=8), 128),
+        (32, Sizing(tile=16384), 16384),
+        (32, Sizing(long_side=700), 512),
+        (32, Sizing(long_side=400), 416),
+    ],
+)
+def test_an_encoder_of_one_size_takes_the_windows_of_its_card(tiny_card, stride, sizing, size):
+    architecture = tiny_card.architecture.model_copy(update={"encoder": "swin_tiny_patch4_window7_224"})
+    preprocessing = tiny_card.preprocessing.model_copy(update={"stride": stride})
+    changed = {"architecture": architecture, "sizing": sizing, "preprocessing": preprocessing}
+    card = tiny_card.model_copy(update=changed)
+    assert with_fixed_size(card, None, "model.pt").preprocessing.fixed_size == size
+    if sizing.tile:
+        with pytest.raises(ExportError, match=r"windows of .* pixels"):
+            with_fixed_size(card, 64, "model.pt")
+
+
+def test_windows_beyond_the_largest_multiple_of_the_stride(tiny_card):
+    architecture = tiny_card.architecture.model_copy(update={"encoder": "swin_tiny_patch4_window7_224"})
+    preprocessing = tiny_card.preprocessing.model_copy(update={"stride": 28})
+    changed = {"architecture": architecture, "sizing": Sizing(tile=16384), "preprocessing": preprocessing}
+    with pytest.raises(ExportError, match=r"a graph of size 16380 .*; no size does; cut smaller windows"):
+        with_fixed_size(tiny_card.model_copy(update=changed), None, "model.pt")
+
+
 def test_a_fixed_size_is_a_multiple_of_the_stride():
     with pytest.raises(ValueError, match="expected a multiple of the stride 32"):
         Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), stride=32, fixed_size=100)
