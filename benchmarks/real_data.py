@@ -66,7 +66,6 @@ SETTINGS = (
     Setting("voc-scribbles-partial", "voc_animals", "scribbles", "partial_ce"),
     Setting("voc-scribbles-gated", "voc_animals", "scribbles", "gated_crf", extra=COARSE),
     Setting("voc-scribbles-default", "voc_animals", "scribbles", ""),
-    Setting("voc-scribbles-full", "voc_animals", "scribbles", "gated_crf"),
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     # Labels carried on by a random walk from the strokes, with cross-entropy or the Gated CRF loss.
     Setting("voc-scribbles-walk", "voc_animals", "scribbles", "", extra=WALK),
@@ -153,8 +152,8 @@ NO_CLAIM = (
     ("acdc-scribbles-default", "acdc-scribbles-gated"),
     ("acdc-scribbles-default", "acdc-scribbles-partial"),
     ("voc-scribbles-soft", "voc-scribbles-gated"),
-    ("voc-scribbles-walk", "voc-scribbles-full"),
-    ("voc-scribbles-walk-gated", "voc-scribbles-full"),
+    ("voc-scribbles-walk", "voc-scribbles-default"),
+    ("voc-scribbles-walk-gated", "voc-scribbles-default"),
     ("voc-scribbles-walk-teacher", "voc-scribbles-walk"),
     ("voc-scribbles-walk", "voc-scribbles-partial"),
     # DFR's kernel beside the Gated CRF loss's (both at stride 4), its head beside no regularisation, both beside each.

@@ -26,7 +26,7 @@ from training.data.simulated import SimulatedSource
 from training.evaluate import EvaluationResult, evaluate
 from training.methods import build_method
 from training.methods.base import missing_average
-from training.methods.settings import AbsentSettings, PartialCESettings, SparseSettings
+from training.methods.settings import PartialCESettings, SparseSettings
 from training.methods.tag_settings import TagsSettings, TSCDSettings
 from training.methods.tscd import TSCD
 from training.propagation_stage import add_propagated_labels, check_carried
@@ -222,8 +222,7 @@ def run(recipe: Recipe, source: DataSource, folder: Path, resume: bool = False, 
         resume = resume and (folder / CHECKPOINT).exists()
         if carried is not None:
             dataset = TrainingSet(carried, dataset.names, ("masks",), recipe.augmentation, recipe.seed)
-            if settings.propagate.alone:
-                settings = PartialCESettings(absent=AbsentSettings() if settings.propagate.absent else None)
+            settings = PartialCESettings() if settings.propagate.alone else settings
     class_maps = None
     if isinstance(settings, TagsSettings) and settings.correspondence_weight:
         class_maps = stage_maps(recipe, labelled, folder)

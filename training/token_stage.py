@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training.cam.objectness import Objectness
 from training.cam.pseudo_labels import network_image
+from training.cam.random_walk import label_parts
 from training.cam.tokens import TokenCams, Tokens, collect_tokens, fit_tokens, images_per_class, recall_of
 from training.data.dataset import DataSource
 from training.methods.tag_settings import TokenSettings
@@ -177,9 +178,5 @@ def grid_labels(labels: Labels, size: tuple[int, int], classes: int) -> Labels:
     Returns:
         uint8 `size`, 255 where a cell has no label.
     """
-    ys, xs = np.nonzero(labels != IGNORE_INDEX)
-    counts = np.zeros((size[0] * size[1], classes), np.int64)
-    cells = ys * size[0] // labels.shape[0] * size[1] + xs * size[1] // labels.shape[1]
-    np.add.at(counts, (cells, labels[ys, xs]), 1)
-    found = np.where(counts.any(axis=1), counts.argmax(axis=1), IGNORE_INDEX)
-    return found.reshape(size).astype(np.uint8)
+    counts = label_parts(torch.from_numpy(labels.astype(np.int64))[None], size, classes)[0].numpy()
+    return np.where(counts.any(axis=0), counts.argmax(axis=0), IGNORE_INDEX).astype(np.uint8)

@@ -45,8 +45,9 @@ class Segmenter:
         device: "auto" takes a CUDA device if one really works, else the CPU; "cpu", "cuda" and "cuda:N" are taken
             literally or fail.
         backend: "auto" (by the kind of file), "torch", "onnxruntime", "tensorrt" or "openvino".
-        threads: CPU threads of one inference; None takes those that this process may use (affinity, and the quota of a
-            container). In torch this is a setting of the whole process, which None leaves.
+        threads: CPU threads of one inference; None leaves the runtime's own number, or in ONNX Runtime and OpenVINO
+            what this process may use where that is less than the machine (`wsss_deploy.environment.thread_limit`). In
+            torch this is a setting of the whole process, which None leaves.
         refine: Whether the scores are refined along the image's edges: None leaves it to the model's card, False is
             never, True always, with the card's parameters or else `wsss_deploy.refinement.DEFAULT`; a
             `PairwiseParameters` or a `wsss_deploy.card.Refinement` is taken as it is.

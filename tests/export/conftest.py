@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
 
 from export.onnx_graph import export_onnx
 from wsss_deploy.artifact import save_model
@@ -72,3 +74,25 @@ def exported(tmp_path_factory, command):
         return ready[encoder, opset]
 
     return get
+
+
+def _bytes_within(proto):
+    """Operators that take or give uint8, but for casts from the image and to the mask."""
+    typed = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True).graph
+    kinds = {port.name: port.type.tensor_type.elem_type for port in (*typed.value_info, *typed.input, *typed.output)}
+    found = []
+    for node in proto.graph.node:
+        edges = {name: kinds.get(name) for name in (*node.input, *node.output)}
+        if TensorProto.UINT8 not in edges.values():
+            continue
+        (source, *_), (target, *_) = node.input, node.output
+        other = kinds.get(target if source == "image" else source)
+        at_an_edge = node.op_type == "Cast" and (source == "image" or target == "mask")
+        if not at_an_edge or other not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+            found.append(f"{node.op_type} {edges}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def bytes_within():
+    return _bytes_within

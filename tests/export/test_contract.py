@@ -10,7 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
 
 from export.half import to_half
 from export.onnx_graph import state_digest
@@ -53,26 +52,9 @@ def test_inputs_and_outputs(exported):
     }
 
 
-def bytes_within(proto):
-    """Operators that take or give uint8, but for casts from the image and to the mask."""
-    typed = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True).graph
-    kinds = {port.name: port.type.tensor_type.elem_type for port in (*typed.value_info, *typed.input, *typed.output)}
-    found = []
-    for node in proto.graph.node:
-        edges = {name: kinds.get(name) for name in (*node.input, *node.output)}
-        if TensorProto.UINT8 not in edges.values():
-            continue
-        source, target = node.input[0], node.output[0]
-        allowed = node.op_type == "Cast" and {source: edges[target], target: edges[source]}
-        other = allowed and allowed["image" if source == "image" else target]
-        if (source != "image" and target != "mask") or other not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-            found.append(f"{node.op_type} {edges}")
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("encoder", "opset"), [("test_vit", 20), ("convnext_atto", 18), ("pvt_v2_b0", 23)])
-def test_bytes_are_at_the_edges_alone(exported, encoder, opset):
+def test_bytes_are_at_the_edges_alone(exported, bytes_within, encoder, opset):
     # TensorRT has no other layer for them.
     proto = onnx.load(exported(encoder, opset) / "model.onnx")
     assert bytes_within(proto) == []

@@ -55,6 +55,13 @@ def refined(tmp_path_factory, write):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", CASES)
+def test_bytes_are_at_the_edges_alone(refined, bytes_within, opset):
+    # The guide is made of the image too.
+    assert bytes_within(onnx.load(refined(opset) / "model.onnx")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", CASES)
 def test_any_batch_and_size_agrees_with_torch(refined, opset):
     folder = refined(opset)
     card, state_dict = load_model(folder / "model.pt")

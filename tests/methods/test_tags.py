@@ -378,7 +378,7 @@ def test_labels_of_a_few_pixels_are_carried_on(tagged, tmp_path, values, monkeyp
     assert all(torch.equal(state[name], again[name]) for name in state)
 
 
-@pytest.mark.parametrize(("least", "terms"), [(0.0, {"partial_ce", "absent"}), (1.0, {"partial_ce", "teacher"})])
+@pytest.mark.parametrize(("least", "terms"), [(0.0, {"partial_ce"}), (1.0, {"partial_ce", "teacher"})])
 def test_the_methods_other_terms_are_for_labels_that_are_not_carried_on(
     tagged, tmp_path, values, monkeypatch, least, terms
 ):
@@ -392,15 +392,10 @@ def test_the_methods_other_terms_are_for_labels_that_are_not_carried_on(
     monkeypatch.setattr(training.run, "build_method", building)
     monkeypatch.setattr(training.token_stage, "recall_of", lambda *_: 0.5)
     source = open_dataset(write_points(tagged, tmp_path / "data"))
-    values["method"] = carrying(least=least, alone=True, absent=True) | {"teacher": {"start": 0.0}}
+    values["method"] = carrying(least=least, alone=True) | {"teacher": {"start": 0.0}}
     run(resolve_recipe(source, "points", [values]), source, tmp_path / "run", show=False)
     assert seen
     assert all(found == terms for found in seen)
-
-
-def test_absent_classes_of_the_labels_alone():
-    with pytest.raises(ValidationError, match="absent is for alone"):
-        TypeAdapter(MethodSettings).validate_python({"name": "partial_ce", "propagate": {"absent": True}})
 
 
 def test_labels_are_not_carried_on_by_features_that_tell_nothing_apart(tagged, tmp_path, values, caplog, monkeypatch):

@@ -200,7 +200,6 @@ class PropagationSettings(_Strict):
             and nothing is carried on.
         alone: Once labels are carried on, train on them with cross-entropy alone; the method's other terms are for
             the case that they are not.
-        absent: With `alone`, also with the classes that an image has no label of as absent ones (`AbsentSettings`).
         long_side: Longer side in pixels at which images are read for it; None takes 1.5 times the crop.
     """
 
@@ -209,15 +208,12 @@ class PropagationSettings(_Strict):
     labels: LabelSettings = LabelSettings()
     least: Share = 0.75
     alone: bool = False
-    absent: bool = False
     long_side: Annotated[int, Field(ge=32, le=4096)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.tokens.rounds:
             raise ValueError("tokens.rounds is 0; labels of pixels are learnt from in rounds, expected 1 or more")
-        if self.absent and not self.alone:
-            raise ValueError("absent is for alone; without it set method.absent")
         return self
 
 

@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images a call for images/s (default: 1)")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed calls of a case (default: 20)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all that it may use)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: its own, within what this process may use)"
+    )
     parser.add_refinement()
     parser.add_argument("--data", metavar="DIR", help="folder with images/, masks/ and splits/, for the mIoU")
     parser.add_argument("--split", default="val", help="its split (default: val)")

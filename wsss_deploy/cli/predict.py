@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads of the runtime (default: all that it may use; with --ray 1)",
+        help="CPU threads of the runtime (default: its own, within what this process may use; with --ray 1)",
     )
     parser.add_argument("--opacity", type=float, metavar="X", help="of the overlay's tint, 0 to 1 (default: 0.5)")
     parser.add_refinement()
