@@ -110,6 +110,10 @@ extern "C" void run_mean_field_step(unsigned blocks, unsigned threads, P m, P a,
 extern "C" void run_guide(unsigned blocks, unsigned threads, P i, int n, int h, int w, P g) {
   RUN(wsss_pairwise_guide((unsigned char*)i, n, h, w, (float*)g));
 }
+#elif defined(WSSS_BEST_CLASS)
+extern "C" void run_best_class(unsigned blocks, unsigned threads, P s, int n, int c, int h, int w, int r, int k, P m) {
+  RUN(wsss_best_class((float*)s, n, c, h, w, r, k, (unsigned char*)m));
+}
 #else
 typedef Real* R;
 extern "C" void run_energy(unsigned blocks, unsigned threads, P l, P r, P s, P d, P f, int n, int h, int w, P o, P v) {
@@ -175,7 +179,7 @@ class Driver(Contexts):
         return 0, load_library(str(self.folder / f"{name}.so"))
 
     def cuModuleGetFunction(self, module, name):
-        return 0, getattr(module, name.decode().replace("wsss_pairwise", "run"))
+        return 0, getattr(module, name.decode().replace("wsss_pairwise", "run").replace("wsss_best", "run_best"))
 
     def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, arguments, extra):
         assert self.contexts == ["context 0"]

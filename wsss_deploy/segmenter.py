@@ -15,7 +15,7 @@ from PIL import Image
 
 from wsss_deploy.artifact import check_path, read_card
 from wsss_deploy.backends import check_device_name, open_backend
-from wsss_deploy.backends.base import BATCH_PIXELS, Backend
+from wsss_deploy.backends.base import BATCH_PIXELS, MOST_PIXELS, NOT_FINITE, Backend, SizedMasks
 from wsss_deploy.card import ModelCard, Sizing
 from wsss_deploy.errors import ArtifactError, ImageError, OutOfMemoryError, UsageError
 from wsss_deploy.images import ImageSource, load_image
@@ -128,10 +128,13 @@ class Segmenter:
     def describe(self) -> dict[str, Any]:
         """What really runs: model, runtime and its version, device or providers, precision, threads; plain data.
 
-        `refinement` holds `form` ("none", "graph", or the form of the pairwise operator), `reason` (who decided), and
-        with a form also `summary`, `guide`, `parameters` and why that form.
+        `masks` tells where `predict_masks` brings masks to the images' sizes. `refinement` holds `form` ("none",
+        "graph", or the form of the pairwise operator), `reason` (who decided), and with a form also `summary`, `guide`,
+        `parameters` and why that form.
         """
         told = {"model": self._source, "classes": len(self._card.classes), **self._backend.describe()}
+        reason = self._masks_at_obstacle()
+        told["masks"] = "on the device" if reason is None else f"on the host: {reason}"
         return told | {"refinement": self._choice.describe(self._backend.refinement_form)}
 
     def predict(self, image: ImageSource) -> Segmentation:
@@ -192,7 +195,8 @@ class Segmenter:
         """The masks of several images alone: what `predict_batch` gives, with less to copy.
 
         Where the network sees an image at its own size and nothing is refined outside of the graph, only class ids
-        leave the runtime and its device. Other images go through `predict_batch`.
+        leave the runtime and its device; on a GPU, with TensorRT and ONNX Runtime, also of images of other sizes and of
+        refined scores (up to 2^25 pixels an image; `describe()["masks"]` tells). Others go through `predict_batch`.
 
         Args:
             images: As in `predict_batch`.
@@ -221,10 +225,41 @@ class Segmenter:
                 part = members[start : start + count]
                 masks = _halving(lambda batch: list(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
                 found.update(zip(part, masks, strict=True))
+        found.update(self._masks_from_device({i: image for i, image in enumerate(pixels) if i not in found}))
         rest = [index for index in range(len(pixels)) if index not in found]
         results = self.predict_batch([pixels[index] for index in rest])
         found.update((index, result.mask) for index, result in zip(rest, results, strict=True))
         return [found[index] for index in range(len(pixels))]
+
+    def _masks_from_device(self, images: dict[int, npt.NDArray[np.uint8]]) -> dict[int, npt.NDArray[np.uint8]]:
+        """Masks of those images whose scores the runtime brings to their size on its device, if it does so."""
+        found: dict[int, npt.NDArray[np.uint8]] = {}
+        backend = self._backend
+        if not images or not isinstance(backend, SizedMasks) or self._masks_at_obstacle() is not None:
+            return found
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in images.items():
+            height, width, _ = image.shape
+            if height * width <= MOST_PIXELS and not is_cut(height, width, self._card):
+                groups.setdefault(network_size(height, width, self._card), []).append(index)
+        for (height, width), members in groups.items():
+            count = self._at_once(height, width, masks=False)
+            for part in _parts(members, [images[i].shape[0] * images[i].shape[1] for i in members], count):
+                seen = np.stack([resized(images[index], self._card) for index in part])
+                try:
+                    masks = backend.masks_at(seen, [images[i].shape[:2] for i in part], self._refiner)
+                except OutOfMemoryError:
+                    continue  # scores of these go to the host, in smaller batches if need be
+                if any(mask.max() == NOT_FINITE for mask in masks):
+                    raise self._not_finite()
+                found.update(zip(part, masks, strict=True))
+        return found
+
+    def _masks_at_obstacle(self) -> str | None:
+        """Why the runtime does not bring masks to the images' sizes on its device."""
+        if not isinstance(self._backend, SizedMasks):
+            return "this runtime gives scores"
+        return self._backend.masks_at_obstacle(None if self._refiner is None else self._refiner.settings)
 
     def predict_tiled(self, image: ImageSource, tiling: Tiling | None = None) -> Segmentation:
         """Segment one image at its own size in overlapping windows, whose scores are blended.
@@ -332,10 +367,13 @@ class Segmenter:
             )
         # The sum of both is finite only if all scores are, and needs no copy of them.
         if not np.isfinite(scores.min() + scores.max()):
-            raise ArtifactError(
-                f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
-                "training diverged: train it again, with a lower learning rate if that repeats"
-            )
+            raise self._not_finite()
+
+    def _not_finite(self) -> ArtifactError:
+        return ArtifactError(
+            f"{self._source}: gave scores that are not finite (NaN or infinite); its weights are damaged or its "
+            "training diverged: train it again, with a lower learning rate if that repeats"
+        )
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
@@ -372,6 +410,19 @@ class _Prepared(NamedTuple):
     image: npt.NDArray[np.uint8]
     resized: npt.NDArray[np.uint8]
     milliseconds: float
+
+
+def _parts(members: list[int], pixels: list[int], count: int) -> Iterator[list[int]]:
+    """Members in groups of so many, and of `MOST_PIXELS` at most."""
+    part: list[int] = []
+    held = 0
+    for index, size in zip(members, pixels, strict=True):
+        if part and (len(part) == count or held + size > MOST_PIXELS):
+            yield part
+            part, held = [], 0
+        part.append(index)
+        held += size
+    yield part
 
 
 def _check_several(images: object, method: str) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wsss_deploy.backends.device_mask import KERNEL as MASK_KERNEL
+from wsss_deploy.backends.device_mask import mask_source
 from wsss_deploy.pairwise import PairwiseParameters, numpy_form
 from wsss_deploy.pairwise.cuda_guide import KERNEL, guide_source
 from wsss_deploy.pairwise.cuda_source import KERNELS, compile_program, ptx, source
@@ -60,8 +62,8 @@ def test_nvrtc_compiles_and_assembles_it(case, storage, nvrtc):
         assert kinds == ["u64"] * pointers + ["u32"] * 4 + ["u64"]
 
 
-def registers(code, folder):
-    """Registers and bytes of stack of a thread of the step."""
+def registers(code, folder, kernel="wsss_pairwise_step"):
+    """Registers and bytes of stack of a thread of a kernel."""
     spec = find_spec("triton")
     tools = sorted(Path(spec.submodule_search_locations[0]).glob("backends/nvidia/bin/cuobjdump")) if spec else []
     if not tools:
@@ -70,7 +72,7 @@ def registers(code, folder):
     told = subprocess.run(
         [str(tools[0]), "-res-usage", str(folder / "program.cubin")], check=True, capture_output=True, text=True
     ).stdout
-    return tuple(map(int, re.search(r"wsss_pairwise_step:\s+REG:(\d+) STACK:(\d+)", told).groups()))
+    return tuple(map(int, re.search(kernel + r":\s+REG:(\d+) STACK:(\d+)", told).groups()))
 
 
 def test_five_blocks_of_the_step_fit_a_multiprocessor(nvrtc, tmp_path):
@@ -83,6 +85,17 @@ def test_five_blocks_of_the_step_fit_a_multiprocessor(nvrtc, tmp_path):
     unbound = text.replace("__launch_bounds__(WSSS_BLOCK, 5)", "")
     assert unbound != text
     assert registers(compile_program(unbound, "pairwise.cu", "sm_90"), tmp_path)[0] > most
+
+
+def test_nvrtc_compiles_the_masks(nvrtc, tmp_path):
+    binary = compile_program(mask_source(), "best_class.cu", "sm_90")
+    used, stack = registers(binary, tmp_path, MASK_KERNEL)
+    assert used <= 64
+    assert stack == 0, "nothing is spilled"
+    text = compile_program(mask_source(), "best_class.cu").decode()
+    ((name, arguments),) = re.findall(r"\.entry (\w+)\(([^)]*)\)", text)
+    assert name == MASK_KERNEL
+    assert re.findall(r"\.param \.(\w+)", arguments) == ["u64", *["u32"] * 6, "u64"]
 
 
 @pytest.mark.parametrize("kind", ["rgb", "opponent"])

@@ -16,17 +16,21 @@ import pytest
 
 from export.patterns import pattern_image
 from wsss_deploy import Segmenter
-from wsss_deploy.backends import device_refinement, onnxruntime_backend
+from wsss_deploy import segmenter as segmenter_module
+from wsss_deploy.backends import device_mask, device_refinement, onnxruntime_backend
+from wsss_deploy.backends.base import NOT_FINITE
 from wsss_deploy.backends.bound_session import BoundSession
+from wsss_deploy.backends.device_mask import DeviceMasks, parted
 from wsss_deploy.backends.device_refinement import DeviceRefinement
 from wsss_deploy.backends.onnxruntime_backend import OnnxRuntimeBackend
-from wsss_deploy.card import Refinement
-from wsss_deploy.errors import BackendError, OutOfMemoryError
+from wsss_deploy.card import Refinement, Sizing
+from wsss_deploy.errors import ArtifactError, BackendError, OutOfMemoryError
 from wsss_deploy.pairwise import GaussianTerm, PairwiseParameters, cuda_form, cuda_source
 from wsss_deploy.pairwise.cuda_guide import make_guide_at
 from wsss_deploy.pairwise.cuda_launch import Place
 from wsss_deploy.pairwise.guides import make_guide
 from wsss_deploy.refinement import DEFAULT, STRONG, Refiner
+from wsss_deploy.upsampling import best_class, upsample
 
 PAR = PairwiseParameters(dilations=(1, 2), iterations=2, normalise=True)
 
@@ -94,7 +98,7 @@ def test_steps_on_addresses(driver, layer, iterations):
     scores /= scores.sum(1, keepdims=True)
     expected = Refiner(settings)(scores, images)
     with layer.active():
-        refinement = DeviceRefinement(layer, 0, layer.stream())
+        refinement = DeviceRefinement(layer, Place(0, 7, (9, 0)), layer.stream(), {})
         for _ in range(2):
             given = scores.copy()
             address = refinement(settings, images.ctypes.data, given.ctypes.data, scores.shape)
@@ -103,6 +107,123 @@ def test_steps_on_addresses(driver, layer, iterations):
             np.testing.assert_allclose(found, expected, atol=2e-4)
     assert layer.allocated == 3, "buffers are kept while the shape stays"
     assert {stream for *_, stream in driver.launches} == {7}
+
+
+def masks_on_device(layer, scores, sizes):
+    with layer.active():
+        making = DeviceMasks(layer, Place(0, 7, (9, 0)), layer.stream(), {})
+        address = making(scores.ctypes.data, scores.shape, sizes)
+        found = np.empty(sum(height * width for height, width in sizes), np.uint8)
+        layer.download(found, address, None)
+    return parted(found, sizes)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (13, 17), (26, 34), (61, 17), (13, 90), (7, 9), (2, 3), (40, 5), (3, 120), (400, 300)]
+)
+def test_masks_of_other_sizes_are_the_hosts(driver, layer, size):
+    scores = np.random.default_rng(0).random((2, 6, 13, 17), np.float32)
+    for found, each in zip(masks_on_device(layer, scores, [size, size]), scores, strict=True):
+        raised = np.sort(upsample(each, *size), axis=0)
+        sure = raised[-1] - raised[-2] > 1e-5  # elsewhere rounding may decide
+        assert sure.mean() > 0.99
+        np.testing.assert_array_equal(found[sure], best_class(each, *size)[0][sure])
+
+
+def test_masks_of_many_sizes_need_few_launches(driver, layer):
+    scores = np.random.default_rng(0).random((5, 3, 8, 8), np.float32)
+    sizes = [(16, 16), (16, 16), (5, 7), (5, 7), (16, 16)]
+    found = masks_on_device(layer, scores, sizes)
+    assert [mask.shape for mask in found] == sizes
+    for mask, each in zip(found, scores, strict=True):
+        assert (mask == best_class(each, *mask.shape)[0]).mean() > 0.995
+    assert [name for name, *_ in driver.launches] == ["run_best_class"] * 3
+
+
+def test_equal_scores_are_the_lower_class(driver, layer):
+    (found,) = masks_on_device(layer, np.full((1, 5, 4, 4), 0.2, np.float32), [(9, 9)])
+    assert not found.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (4, 4)])
+def test_scores_that_are_not_finite_are_marked(driver, layer, value, size):
+    scores = np.random.default_rng(0).random((1, 3, 8, 8), np.float32)
+    scores[0, 2, 1, 2] = value
+    (found,) = masks_on_device(layer, scores, [size])
+    assert (found == NOT_FINITE).any()
+    assert not (found == NOT_FINITE).all()
+
+
+def test_only_images_go_up_and_masks_of_their_sizes_come_down(cuda, tiny_onnx, layer):
+    sizing = Sizing(long_side=64)
+    images = [
+        pattern_image(*shape, seed) for seed, shape in enumerate([(48, 64), (96, 128), (30, 40), (96, 128), (90, 20)])
+    ]
+    for refine in (False, DEFAULT):
+        ours, theirs = (Segmenter(tiny_onnx, device=d, refine=refine, sizing=sizing) for d in ("auto", "cpu"))
+        assert ours.describe()["masks"] == "on the device"
+        assert theirs.describe()["masks"] == "on the host: the scores are in the host's memory"
+        layer.uploaded.clear(), layer.downloaded.clear()
+        masks = ours.predict_masks(images)
+        seen = sorted([3 * 48 * 64 * 3, 64 * 16 * 3] if refine is False else [4 * 48 * 64 * 3, 64 * 16 * 3])
+        kept = [48 * 64 * 3] if refine is False else []  # of the network's size: the short way
+        assert sorted(layer.uploaded) == sorted(seen + kept)
+        assert sum(layer.downloaded) == sum(mask.size for mask in masks)
+        for mask, image in zip(masks, images, strict=True):
+            assert mask.shape == image.shape[:2]
+            assert (mask == theirs.predict(image).mask).mean() > 0.998
+
+
+def test_masks_of_large_images_are_parted(cuda, tiny_onnx, layer, monkeypatch):
+    monkeypatch.setattr(segmenter_module, "MOST_PIXELS", 2 * 90 * 120)
+    images = [pattern_image(90, 120, seed) for seed in range(5)] + [pattern_image(200, 160, 5)]
+    ours = Segmenter(tiny_onnx, refine=False, sizing=Sizing(long_side=32))
+    assert ours.describe()["masks"] == "on the device"  # which compares them once
+    layer.downloaded.clear()
+    masks = ours.predict_masks(images)
+    assert layer.downloaded == [2 * 90 * 120, 2 * 90 * 120, 90 * 120, 4 * 4 * 32 * 32], "the last one by its scores"
+    for mask, image in zip(masks, images, strict=True):
+        assert (mask == ours.predict(image).mask).mean() > 0.998
+
+
+def test_masks_without_room_for_refining_take_the_hosts_way(cuda, tiny_onnx, layer, monkeypatch):
+    ours, theirs = (
+        Segmenter(tiny_onnx, device=d, refine=DEFAULT, sizing=Sizing(long_side=64)) for d in ("auto", "cpu")
+    )
+    assert ours.describe()["masks"] == "on the device"
+    image = pattern_image(96, 96, 0)
+    give = layer.device_buffer
+
+    def little(count):
+        if count > 4 * 4 * 64 * 64:  # the scores fit, the weights do not
+            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
+        return give(count)
+
+    monkeypatch.setattr(layer, "device_buffer", little)
+    layer.downloaded.clear()
+    np.testing.assert_array_equal(ours.predict_masks([image])[0], theirs.predict(image).mask)
+    assert layer.downloaded == [4 * 4 * 64 * 64]
+
+
+def test_damaged_models_are_told_by_their_masks_too(cuda, tiny_onnx, monkeypatch):
+    ours = Segmenter(tiny_onnx, refine=False, sizing=Sizing(long_side=32))
+    monkeypatch.setattr(ours.runtime, "masks_at", lambda images, sizes, refiner: [np.full(sizes[0], 255, np.uint8)])
+    with pytest.raises(ArtifactError, match="not finite"):
+        ours.predict_masks([pattern_image(50, 50, 0)])
+
+
+def test_masks_that_come_out_wrong_on_a_device_are_made_on_the_host(cuda, tiny_onnx, monkeypatch, caplog):
+    monkeypatch.setattr(device_mask, "mask_source", lambda: right.replace("score > best", "score < best"))
+    ours, theirs = (Segmenter(tiny_onnx, device=d, refine=False, sizing=Sizing(long_side=32)) for d in ("auto", "cpu"))
+    assert "% of the pixels differ from the host's" in ours.describe()["masks"]
+    image = pattern_image(50, 70, 0)
+    np.testing.assert_array_equal(ours.predict_masks([image])[0], theirs.predict(image).mask)
+    ours.describe()
+    assert caplog.text.count("not on the GPU") == 1
+
+
+right = device_mask.mask_source()
 
 
 def test_it_gives_what_the_cpu_gives(cuda, tiny_onnx, layer):
@@ -209,7 +330,7 @@ def test_rows_of_whole_groups_of_four_are_checked_too(driver, layer, monkeypatch
     assert before in right(PAR)
     monkeypatch.setattr(cuda_source, "source", lambda *given: right(*given).replace(before, "Storage(0)"))
     with layer.active():
-        refinement = DeviceRefinement(layer, 0, layer.stream())
+        refinement = DeviceRefinement(layer, Place(0, 7, (9, 0)), layer.stream(), {})
         assert "differs from the CPU's by" in refinement.obstacle(Refinement(parameters=PAR))
 
 

@@ -9,9 +9,21 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
-from wsss_deploy.backends.device_layer import Buffers, CudaBindingsLayer, PyCudaLayer, capture_graph, open_device
+from wsss_deploy.backends.device_lane import DeviceLane
+from wsss_deploy.backends.device_layer import (
+    Buffers,
+    CudaBindingsLayer,
+    PyCudaLayer,
+    capture_graph,
+    checked,
+    open_device,
+)
+from wsss_deploy.backends.device_mask import parted
 from wsss_deploy.errors import BackendError
+from wsss_deploy.refinement import DEFAULT, Refiner
+from wsss_deploy.upsampling import best_class
 
 
 class FakeRuntime(types.ModuleType):
@@ -304,3 +316,40 @@ def test_the_real_bindings_without_a_driver():
             open_device(0)
     else:
         pytest.skip("there is a driver")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("refiner", [None, Refiner(DEFAULT)])
+def test_a_lane_on_a_gpu(refiner):
+    from cuda.bindings import runtime
+
+    layer = open_device(0)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (3, 40, 52, 3), dtype=np.uint8)
+    given = random.random((3, 6, 40, 52), np.float32) / 6
+    expected = given if refiner is None else refiner(given.copy(), images)
+    sizes = [(40, 52), (90, 117), (21, 30)]
+    with layer.active():
+        lane = DeviceLane(layer, 0)
+        assert lane.enlarged.obstacle() is None
+        assert refiner is None or lane.refinement.obstacle(refiner.settings) is None
+        stream = torch.cuda.ExternalStream(lane.handle, device="cuda:0")
+        scores = torch.from_numpy(given).to("cuda:0")
+        torch.cuda.synchronize()
+
+        def network(image, found):
+            """In the lane's stream, after the upload: scores of the images that have come."""
+            with torch.cuda.stream(stream):
+                seen = torch.empty(images.shape, dtype=torch.uint8, device="cuda:0")
+                checked(runtime.cudaMemcpyAsync(seen.data_ptr(), image, seen.nbytes, 3, lane.handle))
+                right = (seen == torch.from_numpy(images).pin_memory().to("cuda:0", non_blocking=True)).all()
+                scores.mul_(right)
+                checked(runtime.cudaMemcpyAsync(found, scores.data_ptr(), scores.nbytes, 3, lane.handle))
+
+        for _ in range(3):
+            found, _ = lane.start(images, "scores", given.shape, np.float32, network, refiner)()
+            np.testing.assert_allclose(found, expected, atol=2e-4)
+            masks, _ = lane.start(images, "scores", given.shape, np.float32, network, refiner, None, sizes)()
+            for mask, each, size in zip(parted(masks, sizes), expected, sizes, strict=True):
+                assert (mask == best_class(each, *size)[0]).mean() > 0.995

@@ -141,6 +141,24 @@ def test_only_image_and_mask_cross_the_bus(engine, machine):
     assert [mask.shape for mask in masks] == [(64, 80)] * 3
 
 
+def test_masks_of_other_sizes_cross_alone(engine, tiny_onnx, machine, driver):
+    sizing = Sizing(long_side=64)
+    for refine in (False, DEFAULT):
+        ours = Segmenter(engine, refine=refine, sizing=sizing)
+        theirs = Segmenter(tiny_onnx, device="cpu", refine=refine, sizing=sizing)
+        assert ours.describe()["masks"] == "on the device"
+        layer = machine[-1]
+        images = [pattern_image(72 + 3 * seed, 96 + 4 * seed, seed) for seed in range(10)]  # more than two batches
+        for _ in range(2):
+            layer.downloaded.clear(), layer.uploaded.clear()
+            masks = ours.predict_masks(images)
+            assert layer.uploaded == [4 * 48 * 64 * 3, 4 * 48 * 64 * 3, 2 * 48 * 64 * 3]
+            assert sum(layer.downloaded) == sum(mask.size for mask in masks)
+            for mask, image in zip(masks, images, strict=True):
+                assert mask.shape == image.shape[:2]
+                assert (mask == theirs.predict(image).mask).mean() > 0.998
+
+
 def test_buffers_are_kept_while_the_shape_stays(engine, machine):
     segmenter = Segmenter(engine)
     layer = machine[-1]

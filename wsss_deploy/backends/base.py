@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 #: Pixels (at the network's size) that one inference of `Segmenter.predict_batch` takes at most, unless one image has
 #: more, or the runtime knows better.
 BATCH_PIXELS = 2_000_000
+#: Pixels of all masks that one call of `masks_at` is asked for: they are page-locked for as long as the runtime lives.
+MOST_PIXELS = 2**25
+#: What `masks_at` gives where the scores that a pixel rests on are not all finite; no class has that number.
+NOT_FINITE = 255
 
 
 class Output(NamedTuple):
@@ -80,6 +85,37 @@ class Backend(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What really runs: runtime and version, device, precision, threads; plain data."""
+        ...
+
+
+@runtime_checkable
+class SizedMasks(Protocol):
+    """What a runtime on a GPU may offer in addition: masks of the images' own sizes, without scores on the host."""
+
+    def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
+        """Why `masks_at` cannot be used; None if it can.
+
+        Args:
+            settings: Of the refinement that is wanted; None for none.
+        """
+        ...
+
+    def masks_at(
+        self, images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], refiner: Refiner | None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """The best classes of the scores of `Backend.run`, which are brought to other sizes on the device.
+
+        Args:
+            images: As in `Backend.run`.
+            sizes: H and W of each mask, together at most `MOST_PIXELS` unless it is one.
+            refiner: As in `Backend.run`, one that `masks_at_obstacle` has nothing against.
+
+        Returns:
+            uint8 (H, W) each; `NOT_FINITE` where the scores that a pixel rests on are not all finite.
+
+        Raises:
+            BackendError: The runtime failed; OutOfMemoryError also where only the refinement found no memory.
+        """
         ...
 
 

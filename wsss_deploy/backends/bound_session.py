@@ -7,7 +7,7 @@ in one stream. **Not run yet on a GPU**: what is tested is everything with a dev
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,8 +73,23 @@ class BoundSession:
         except BackendError as error:  # of a device that does not work any more
             return str(error)
 
+    def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
+        """See `SizedMasks`."""
+        if self._types.get("scores") != np.float32:
+            return "the model's scores are not float32"
+        try:
+            with self._lock, self._layer.active():
+                found = None if settings is None else self._lane.refinement.obstacle(settings)
+                return self._lane.enlarged.obstacle() if found is None else found
+        except BackendError as error:  # of a device that does not work any more
+            return str(error)
+
     def run(
-        self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
+        self,
+        output: str,
+        images: npt.NDArray[np.uint8],
+        refiner: Refiner | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[npt.NDArray[Any], float | None]:
         """One output, and the milliseconds that refining it took; None if it is not refined.
 
@@ -82,11 +97,12 @@ class BoundSession:
             output: "scores" or "mask".
             images: RGB, uint8 (N, H, W, 3), none of them 0.
             refiner: Of scores. What the device cannot refine is left to the caller.
+            sizes: As in `DeviceLane.start`, where `masks_at_obstacle` has nothing against it.
 
         Raises:
             BackendError: CUDA failed.
         """
-        there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
+        there = refiner if sizes is not None or (refiner and self.obstacle(refiner.settings) is None) else None
         with self._lock, self._layer.active():
             if output not in self._types:  # of a type that is not bound
                 return self.session.run([output], {"image": images})[0], None
@@ -102,7 +118,7 @@ class BoundSession:
                 self.session.run_with_iobinding(binding)
 
             try:
-                return self._lane.start(images, output, shape, self._types[output], launch, there)()
+                return self._lane.start(images, output, shape, self._types[output], launch, there, sizes=sizes)()
             except Exception as error:
                 self._lane.failed(error)
                 raise

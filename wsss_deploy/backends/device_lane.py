@@ -1,8 +1,8 @@
-"""One stream of a GPU and what calls in it share: images up, a network, a refinement, one output down."""
+"""One stream of a GPU and what calls in it share: images up, a network, a refinement, one output or masks down."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from wsss_deploy.backends.base import memory_is_short
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
+from wsss_deploy.backends.device_mask import DeviceMasks
 from wsss_deploy.backends.device_refinement import DeviceRefinement
 from wsss_deploy.errors import BackendError
+from wsss_deploy.pairwise.cuda_launch import Place
 
 if TYPE_CHECKING:
     from wsss_deploy.refinement import Refiner
@@ -24,19 +26,24 @@ class DeviceLane:
     Args:
         layer: The device.
         index: Its number.
-        obstacles: See `DeviceRefinement`.
+        obstacles: See `DeviceRefinement` and `DeviceMasks`.
 
     Attributes:
         handle: The stream's `CUstream`.
         buffers: Device memory by the names of the network's tensors.
         refinement: In this stream.
+        enlarged: Masks of the images' own sizes, in this stream.
     """
 
     def __init__(self, layer: DeviceLayer, index: int, obstacles: dict[str, str | None] | None = None) -> None:
         self._layer, self._stream = layer, layer.stream()
         self.handle = layer.handle(self._stream)
         self.buffers = Buffers(layer)
-        self.refinement = DeviceRefinement(layer, index, self._stream, obstacles)
+        major, minor = map(int, layer.compute_capability.split("."))
+        place = Place(index, self.handle, (major, minor))
+        found: dict[str, str | None] = {} if obstacles is None else obstacles
+        self.refinement = DeviceRefinement(layer, place, self._stream, found)
+        self.enlarged = DeviceMasks(layer, place, self._stream, found)
 
     def start(
         self,
@@ -47,8 +54,9 @@ class DeviceLane:
         launch: Callable[[int, int], None],
         refiner: Refiner | None,
         into: npt.NDArray[Any] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Callable[[], tuple[npt.NDArray[Any], float | None]]:
-        """Put upload, network, refinement and download into the stream, without waiting for them.
+        """Put upload, network, refinement, masks of other sizes and download into the stream, without waiting for them.
 
         Args:
             images: RGB, uint8 (N, H, W, 3).
@@ -57,22 +65,32 @@ class DeviceLane:
             dtype: Of the output.
             launch: Puts the network into the stream, from the images' address to the output's.
             refiner: Of scores, one that the refinement has no obstacle against.
-            into: Takes the output, of its shape; None makes an array for it.
+            into: Takes what comes down, of its shape; None makes an array for it.
+            sizes: Height and width of each image's mask, where these are wanted in place of the scores: uint8, one
+                behind the other in one row (`DeviceMasks`). None: the output as it is.
 
         Returns:
-            A function that waits and gives the output, and the milliseconds that refining it took (None if it was not
-            refined). It has to be called, or `settle`, before the next start: the buffers are the same.
+            A function that waits and gives the output or the masks, and the milliseconds that refining took (None if
+            nothing was refined). It has to be called, or `settle`, before the next start: the buffers are the same.
 
         Raises:
-            BackendError: CUDA failed; also by the function.
+            BackendError: CUDA failed; also by the function. Masks are wanted, and there is no memory to refine scores.
         """
-        staged, result = self.buffers.host("image", images.shape, np.uint8), self.buffers.host(output, shape, dtype)
-        image, found = self.buffers.device("image", staged.nbytes), self.buffers.device(output, result.nbytes)
+        staged = self.buffers.host("image", images.shape, np.uint8)
+        if sizes is None:
+            result = self.buffers.host(output, shape, dtype)
+        else:
+            result = self.buffers.host("masks", (sum(height * width for height, width in sizes),), np.uint8)
+        image = self.buffers.device("image", staged.nbytes)
+        found = self.buffers.device(output, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         staged[...] = images
         self._layer.upload(image, staged, self._stream)
         launch(image, found)
         refined = None if refiner is None else self.refinement.timed(refiner.settings, image, found, shape)
-        self._layer.download(result, found if refined is None else refined[0], self._stream)
+        if sizes is not None and refiner is not None and refined is None:
+            raise BackendError("out of memory: the scores cannot be refined on the device")
+        left = found if refined is None else refined[0]
+        self._layer.download(result, left if sizes is None else self.enlarged(left, shape, sizes), self._stream)
 
         def finish() -> tuple[npt.NDArray[Any], float | None]:
             self._layer.wait(self._stream)
@@ -92,3 +110,4 @@ class DeviceLane:
         if memory_is_short(error):
             self.buffers.release()
             self.refinement.release()
+            self.enlarged.release()

@@ -29,19 +29,14 @@ class DeviceRefinement:
 
     Args:
         layer: The device.
-        index: Its number.
+        place: Its number, the stream's handle and the compute capability.
         stream: Of the layer; refinement follows what is in it.
         obstacles: What was found by `obstacle`, shared by all that work on one device.
     """
 
-    def __init__(
-        self, layer: DeviceLayer, index: int, stream: object, obstacles: dict[str, str | None] | None = None
-    ) -> None:
-        major, minor = map(int, layer.compute_capability.split("."))
-        self._layer, self._stream = layer, stream
-        self._place = Place(index, layer.handle(stream), (major, minor))
+    def __init__(self, layer: DeviceLayer, place: Place, stream: object, obstacles: dict[str, str | None]) -> None:
+        self._layer, self._place, self._stream, self._obstacles = layer, place, stream, obstacles
         self._buffers = Buffers(layer)
-        self._obstacles: dict[str, str | None] = {} if obstacles is None else obstacles
         self._warned = False
 
     def release(self) -> None:

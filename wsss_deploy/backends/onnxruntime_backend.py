@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from wsss_deploy.artifact import read_card
 from wsss_deploy.backends.base import Output, failure, refined_here
 from wsss_deploy.backends.bound_session import BoundSession
 from wsss_deploy.backends.device_layer import open_device
+from wsss_deploy.backends.device_mask import parted
 from wsss_deploy.backends.device_refinement import form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.environment import thread_limit
@@ -184,15 +186,29 @@ class OnnxRuntimeBackend:
         found: npt.NDArray[np.uint8] = self._output("mask", images)[0]
         return found
 
+    def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
+        """See `SizedMasks`."""
+        return "the scores are in the host's memory" if self._bound is None else self._bound.masks_at_obstacle(settings)
+
+    def masks_at(
+        self, images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], refiner: Refiner | None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """See `SizedMasks`."""
+        return parted(self._output("scores", images, refiner, sizes)[0], sizes)
+
     def _output(
-        self, name: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
+        self,
+        name: str,
+        images: npt.NDArray[np.uint8],
+        refiner: Refiner | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[npt.NDArray[Any], float]:
         """One output, and the milliseconds that refining took."""
         try:
             if self._bound is None:
                 result, spent = self._session.run([name], {"image": images})[0], None
             else:
-                result, spent = self._bound.run(name, images, refiner)
+                result, spent = self._bound.run(name, images, refiner, sizes)
         except Exception as error:  # as above
             shape = " x ".join(map(str, images.shape[:3]))
             raise failure(
@@ -200,7 +216,9 @@ class OnnxRuntimeBackend:
                 "use smaller batches, a smaller sizing or another device",
                 error,
             ) from error
-        return refined_here(result, images, refiner) if spent is None else (result, spent)
+        if sizes is not None or spent is not None:
+            return result, spent or 0.0
+        return refined_here(result, images, refiner)
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""

@@ -14,10 +14,10 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from wsss_deploy.backends.base import BATCH_PIXELS, Output, failure, refined_here
 from wsss_deploy.backends.device_lane import DeviceLane
 from wsss_deploy.backends.device_layer import DeviceLayer, capture_graph, open_device
+from wsss_deploy.backends.device_mask import parted
 from wsss_deploy.backends.device_refinement import form_beside
 from wsss_deploy.card import Refinement
 from wsss_deploy.engine_manifest import read_engine, read_manifest
@@ -92,6 +93,16 @@ class TensorRTBackend:
         found: npt.NDArray[np.uint8] = self._batches("mask", images)[0]
         return found
 
+    def masks_at(
+        self, images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], refiner: Refiner | None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """See `SizedMasks`."""
+        return parted(self._batches("scores", images, refiner, sizes)[0], sizes)
+
+    def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
+        """See `SizedMasks`."""
+        return self._asked(lambda slot: slot.masks_at_obstacle(settings))
+
     def batch_budget(self, height: int, width: int, masks: bool) -> int:
         """Images of a size to give to one call: whole batches, one at least, enough for all slots where memory allows.
 
@@ -122,19 +133,27 @@ class TensorRTBackend:
 
     def refinement_form(self, settings: Refinement) -> Form:
         """See `Backend.refinement_form`."""
+        return form_beside(self._asked(lambda slot: slot.obstacle(settings)))
+
+    def _asked(self, obstacle: Callable[[_Slot], str | None]) -> str | None:
+        """What a slot has against something."""
         slot = self._free.get()
         try:
             with self._layer.active():
-                return form_beside(slot.obstacle(settings))
+                return obstacle(slot)
         except BackendError as error:  # of a device that does not work any more
-            return form_beside(str(error))
+            return str(error)
         finally:
             self._free.put(slot)
 
     def _batches(
-        self, output: str, images: npt.NDArray[np.uint8], refiner: Refiner | None = None
+        self,
+        output: str,
+        images: npt.NDArray[np.uint8],
+        refiner: Refiner | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[npt.NDArray[Any], float]:
-        """One output, and the milliseconds that refining took."""
+        """One output, or masks of `sizes` (see `DeviceLane.start`), and the milliseconds that refining took."""
         most = self._batch(*images.shape[1:3])
         for part in (images[:most], images[len(images) // most * most :]):
             if len(part) and not self._manifest.accepts(part.shape[:3]):
@@ -143,7 +162,8 @@ class TensorRTBackend:
                     f"{' x '.join(map(str, part.shape[:3]))}; resize or tile the image, or build with other "
                     f"--shapes: {self._manifest.command}"
                 )
-        batches = [images[start : start + most] for start in range(0, len(images), most)]
+        starts = range(0, len(images), most)
+        batches = [_Batch(images[s : s + most], None if sizes is None else sizes[s : s + most]) for s in starts]
         began = time.perf_counter()
         slots = [self._free.get()]
         with suppress(queue.Empty):  # another one makes copies overlap the network; who waits for it holds none
@@ -159,8 +179,8 @@ class TensorRTBackend:
                 self._free.put(slot)
         # Neither a slot nor the device is held while the CPU refines.
         try:
-            for index, (batch, spent) in enumerate(zip(batches, times, strict=True)):
-                if spent is None:
+            for index, ((batch, _), spent) in enumerate(zip(batches, times, strict=True)):
+                if spent is None and sizes is None:
                     part = whole[index * most : index * most + len(batch)]
                     refined, times[index] = refined_here(part, batch, refiner)
                     if refiner is not None:
@@ -187,6 +207,17 @@ class TensorRTBackend:
             "shapes": [list(shape) for shape in self._manifest.shapes],
             "threads": "default",
         }
+
+
+class _Batch(NamedTuple):
+    """Images of one size, and the sizes of their masks where these are wanted in place of an output."""
+
+    images: npt.NDArray[np.uint8]
+    sizes: Sequence[tuple[int, int]] | None
+
+
+def _pixels(sizes: Sequence[tuple[int, int]]) -> int:
+    return sum(height * width for height, width in sizes)
 
 
 class _Slot:
@@ -216,16 +247,25 @@ class _Slot:
             return f"the engine's scores are {self._types['scores']}"
         return self._lane.refinement.obstacle(settings)
 
-    def start(self, images: npt.NDArray[np.uint8], output: str, refiner: Refiner | None, place: _Place) -> _Finish:
+    def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
+        """See `SizedMasks`."""
+        if self._types["scores"] != np.float32:
+            return f"the engine's scores are {self._types['scores']}"
+        found = None if settings is None else self._lane.refinement.obstacle(settings)
+        return self._lane.enlarged.obstacle() if found is None else found
+
+    def start(self, batch: _Batch, output: str, refiner: Refiner | None, place: _Place) -> _Finish:
         """Put upload, network, refinement and download of one output into the stream, see `DeviceLane.start`."""
+        images, sizes = batch
         with self._reset_on_failure():
-            there = refiner if refiner is not None and self.obstacle(refiner.settings) is None else None
+            there = refiner if sizes is not None or (refiner and self.obstacle(refiner.settings) is None) else None
             if images.shape != self._shape:
                 self._prepare(images.shape)
             shape = tuple(self._context.get_tensor_shape(output))
             kind = self._types[output]
             # The context has the addresses already: these buffers are the lane's.
-            finish = self._lane.start(images, output, shape, kind, lambda *_: self._launch(), there, place(shape, kind))
+            into = place(shape, kind) if sizes is None else place((_pixels(sizes),), np.dtype(np.uint8))
+            finish = self._lane.start(images, output, shape, kind, lambda *_: self._launch(), there, into, sizes)
 
         def finished() -> tuple[npt.NDArray[Any], float | None]:
             with self._reset_on_failure():
@@ -275,7 +315,7 @@ class _Slot:
 
 
 def _in_turn(
-    slots: list[_Slot], batches: list[npt.NDArray[np.uint8]], output: str, refiner: Refiner | None
+    slots: list[_Slot], batches: list[_Batch], output: str, refiner: Refiner | None
 ) -> tuple[npt.NDArray[Any], list[float | None]]:
     """Outputs of batches in one array, and the times of their refinements.
 
@@ -290,7 +330,8 @@ def _in_turn(
     def place(shape: tuple[int, ...], kind: np.dtype[Any]) -> npt.NDArray[Any]:
         nonlocal whole, filled
         if whole is None:
-            whole = np.empty((sum(map(len, batches)), *shape[1:]), np.float32 if output == "scores" else kind)
+            rows = sum(len(images) if sizes is None else _pixels(sizes) for images, sizes in batches)
+            whole = np.empty((rows, *shape[1:]), np.float32 if kind.kind == "f" else kind)
         filled += shape[0]
         return whole[filled - shape[0] : filled]
 
