@@ -337,15 +337,16 @@ def test_a_lane_on_a_gpu(refiner):
         stream = torch.cuda.ExternalStream(lane.handle, device="cuda:0")
         scores = torch.from_numpy(given).to("cuda:0")
         torch.cuda.synchronize()
+        inside = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 
         def network(image, found):
             """In the lane's stream, after the upload: scores of the images that have come."""
             with torch.cuda.stream(stream):
                 seen = torch.empty(images.shape, dtype=torch.uint8, device="cuda:0")
-                checked(runtime.cudaMemcpyAsync(seen.data_ptr(), image, seen.nbytes, 3, lane.handle))
+                checked(runtime.cudaMemcpyAsync(seen.data_ptr(), image, seen.nbytes, inside, lane.handle))
                 right = (seen == torch.from_numpy(images).pin_memory().to("cuda:0", non_blocking=True)).all()
                 scores.mul_(right)
-                checked(runtime.cudaMemcpyAsync(found, scores.data_ptr(), scores.nbytes, 3, lane.handle))
+                checked(runtime.cudaMemcpyAsync(found, scores.data_ptr(), scores.nbytes, inside, lane.handle))
 
         for _ in range(3):
             found, _ = lane.start(images, "scores", given.shape, np.float32, network, refiner)()
