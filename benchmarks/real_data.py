@@ -50,6 +50,9 @@ _KERNEL = "method.kernels=[{weight: 1.0, xy: 2.0, rgb: 0.4}]"
 COARSE = ("--set", "method.stride=4", "--set", "method.radius=2", "--set", _KERNEL)
 _WALK = "{walk: {}, labels: {sure: 0.7}}"
 WALK = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _WALK + "}")
+# The same, of images read at more than twice the crop's size: tokens there are as small as the objects' parts.
+_FINE = "{walk: {restart: 0.02}, labels: {sure: 0.7}, long_side: 576}"
+WALK_FINE = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _FINE + "}")
 WALK_TEACHER = ("--set", f"method={{name: partial_ce, absent: {{}}, teacher: {_TEACHER}, propagate: {_WALK}}}")
 WALK_GATED = ("--set", f"method.propagate={_WALK}")
 CARRIED_TEACHER = (
@@ -69,6 +72,7 @@ SETTINGS = (
     Setting("voc-scribbles-propagate", "voc_animals", "scribbles", "", extra=PROPAGATE),
     # Labels carried on by a random walk from the strokes, with cross-entropy or the Gated CRF loss.
     Setting("voc-scribbles-walk", "voc_animals", "scribbles", "", extra=WALK),
+    Setting("voc-scribbles-walk-fine", "voc_animals", "scribbles", "", extra=WALK_FINE),
     Setting("voc-scribbles-walk-teacher", "voc_animals", "scribbles", "", extra=WALK_TEACHER),
     Setting("voc-scribbles-walk-gated", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *WALK_GATED)),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *TEACHER)),
@@ -153,6 +157,8 @@ NO_CLAIM = (
     ("acdc-scribbles-default", "acdc-scribbles-partial"),
     ("voc-scribbles-soft", "voc-scribbles-gated"),
     ("voc-scribbles-walk", "voc-scribbles-default"),
+    ("voc-scribbles-walk-fine", "voc-scribbles-default"),
+    ("voc-scribbles-walk-fine", "voc-scribbles-walk"),
     ("voc-scribbles-walk-gated", "voc-scribbles-default"),
     ("voc-scribbles-walk-teacher", "voc-scribbles-walk"),
     ("voc-scribbles-walk", "voc-scribbles-partial"),
