@@ -4,6 +4,9 @@ Runs `wsss-train` in a process of its own for every setting and seed, then `wsss
 run's record. Finished runs are kept in --out and not repeated, so that a long series can be interrupted.
 
     python benchmarks/real_data.py --shared SHARED --out runs --seeds 0 1 2 --json results.json --check
+
+`--kept benchmarks/results/runs.json` takes runs from the records there in place of training anew, and with `--keep`
+adds to them what is not there yet: a table can be printed again, and a series continued, without the runs' folders.
 """
 
 from __future__ import annotations
@@ -181,6 +184,12 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     """Train one setting with one seed, or read the finished run."""
     folder = options.out / f"{setting.name}-{seed}"
     record = folder / "run.json"
+    name = f"{setting.name}-{seed}"
+    if options.iterations != 500 or options.size != 256:
+        name += f" of {options.iterations} iterations at {options.size} px"
+    kept = json.loads(options.kept.read_text()) if options.kept and options.kept.is_file() else {}
+    if not record.is_file() and name in kept:
+        return kept[name]
     if not record.is_file():
         weights = options.shared / "weights" / "vit_tiny_patch16_224.safetensors"
         command = [sys.executable, "-m", "training.cli", str(options.shared / "data" / setting.data)]
@@ -192,7 +201,24 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(record.read_text())
+    found = slim(json.loads(record.read_text()), date.fromtimestamp(record.stat().st_mtime))
+    if options.keep and options.kept and name not in kept:
+        text = json.dumps(dict(sorted((kept | {name: found}).items())), indent=1)
+        options.kept.write_text(text + "\n")
+    return found
+
+
+def slim(record: dict, ended: date) -> dict:
+    """What the tables need of a run's record."""
+    measured = ("miou", "foreground_miou", "mean_boundary_iou", "foreground_dice", "protocol")
+    return {
+        "evaluation": {key: record["evaluation"][key] for key in measured},
+        "recipe": {"optimisation": {"batch_size": record["recipe"]["optimisation"]["batch_size"]}},
+        "training_seconds": round(record["training_seconds"]),
+        "threads": record["threads"],
+        "versions": {"torch": record["versions"]["torch"]},
+        "date": str(ended),
+    }
 
 
 def run_options(description: str | None) -> argparse.ArgumentParser:
@@ -203,6 +229,8 @@ def run_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="records (JSON) of runs that are not repeated")
+    parser.add_argument("--keep", action="store_true", help="add the records of other runs to --kept FILE")
     return parser
 
 
@@ -266,7 +294,7 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
         f"{first['recipe']['optimisation']['batch_size']}, crop {options.size}, val split at native size, network at "
         f"{protocol['resolution']}, one scale, no flip, no CRF, no tags at test time, the last state, seeds "
         f"{options.seeds}; spread is the sample standard deviation over seeds. {platform.machine()}, "
-        f"{first['threads']} threads, torch {first['versions']['torch']}, {date.today()}."
+        f"{first['threads']} threads, torch {first['versions']['torch']}, {first['date']}."
     )
     return "\n".join(lines)
 
