@@ -12,6 +12,7 @@ adds to them what is not there yet: a table can be printed again, and a series c
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -187,7 +188,9 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     name = f"{setting.name}-{seed}"
     if options.iterations != 500 or options.size != 256:
         name += f" of {options.iterations} iterations at {options.size} px"
-    kept = json.loads(options.kept.read_text()) if options.kept and options.kept.is_file() else {}
+    if options.keep and not options.kept:
+        raise SystemExit("--keep needs --kept FILE, to which the records are added")
+    kept = read_kept(options.kept)
     if not record.is_file() and name in kept:
         return kept[name]
     if not record.is_file():
@@ -202,9 +205,20 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = slim(json.loads(record.read_text()), date.fromtimestamp(record.stat().st_mtime))
-    if options.keep and options.kept and name not in kept:
-        text = json.dumps(dict(sorted((kept | {name: found}).items())), indent=1)
-        options.kept.write_text(text + "\n")
+    if options.keep:
+        with open(f"{options.kept}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Read again: a series beside this one may have added to it while this one trained.
+            together = {name: found} | read_kept(options.kept)
+            fresh = options.kept.with_suffix(".partial")
+            fresh.write_text(json.dumps(dict(sorted(together.items())), indent=1) + "\n")
+            fresh.replace(options.kept)
+    return found
+
+
+def read_kept(file: Path | None) -> dict[str, dict]:
+    """Records of finished runs by setting and seed; none where there is no such file yet."""
+    found: dict[str, dict] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     return found
 
 
@@ -287,6 +301,8 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
             f"| {100 * row['boundary']:.1f} | {100 * row['foreground_dice']:.1f} | {row['seconds']:.0f} |"
         )
     first = next(iter(records.values()))[0]
+    days = sorted({record["date"] for found in records.values() for record in found})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     protocol = first["evaluation"]["protocol"]
     lines.append("")
     lines.append(
@@ -294,7 +310,7 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
         f"{first['recipe']['optimisation']['batch_size']}, crop {options.size}, val split at native size, network at "
         f"{protocol['resolution']}, one scale, no flip, no CRF, no tags at test time, the last state, seeds "
         f"{options.seeds}; spread is the sample standard deviation over seeds. {platform.machine()}, "
-        f"{first['threads']} threads, torch {first['versions']['torch']}, {first['date']}."
+        f"{first['threads']} threads, torch {first['versions']['torch']}, {when}."
     )
     return "\n".join(lines)
 

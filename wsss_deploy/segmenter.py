@@ -15,7 +15,7 @@ from PIL import Image
 
 from wsss_deploy.artifact import check_path, read_card
 from wsss_deploy.backends import check_device_name, open_backend
-from wsss_deploy.backends.base import BATCH_PIXELS, MOST_PIXELS, NOT_FINITE, Backend, SizedMasks
+from wsss_deploy.backends.base import BATCH_PIXELS, MOST_PIXELS, MOST_REDUCED, NOT_FINITE, Backend, SizedMasks, alone
 from wsss_deploy.card import ModelCard, Sizing
 from wsss_deploy.errors import ArtifactError, ImageError, OutOfMemoryError, UsageError
 from wsss_deploy.images import ImageSource, load_image
@@ -223,7 +223,7 @@ class Segmenter:
             count = self._at_once(height, width, masks=True)
             for start in range(0, len(members), count):
                 part = members[start : start + count]
-                masks = _halving(lambda batch: list(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
+                masks = _halving(lambda batch: alone(self._backend.masks(np.stack(batch))), [pixels[i] for i in part])
                 found.update(zip(part, masks, strict=True))
         found.update(self._masks_from_device({i: image for i, image in enumerate(pixels) if i not in found}))
         rest = [index for index in range(len(pixels)) if index not in found]
@@ -233,26 +233,35 @@ class Segmenter:
 
     def _masks_from_device(self, images: dict[int, npt.NDArray[np.uint8]]) -> dict[int, npt.NDArray[np.uint8]]:
         """Masks of those images whose scores the runtime brings to their size on its device, if it does so."""
+        backend, groups = self._backend, dict[tuple[int, int], list[int]]()
+        if isinstance(backend, SizedMasks):
+            for index, image in images.items():
+                height, width, _ = image.shape
+                seen = network_size(height, width, self._card)
+                suits = MOST_REDUCED * height * width >= seen[0] * seen[1] and height * width <= MOST_PIXELS
+                if suits and not is_cut(height, width, self._card):
+                    groups.setdefault(seen, []).append(index)
         found: dict[int, npt.NDArray[np.uint8]] = {}
-        backend = self._backend
-        if not images or not isinstance(backend, SizedMasks) or self._masks_at_obstacle() is not None:
+        if not groups or not isinstance(backend, SizedMasks) or self._masks_at_obstacle() is not None:
             return found
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, image in images.items():
-            height, width, _ = image.shape
-            if height * width <= MOST_PIXELS and not is_cut(height, width, self._card):
-                groups.setdefault(network_size(height, width, self._card), []).append(index)
+
+        def made(part: list[int]) -> list[npt.NDArray[np.uint8] | None]:
+            seen = np.stack([resized(images[index], self._card) for index in part])
+            try:
+                return [*backend.masks_at(seen, [images[index].shape[:2] for index in part], self._refiner)]
+            except OutOfMemoryError as error:
+                if len(part) > 1:
+                    raise
+                _log.warning("No room to make a mask on the GPU (%s); the image's scores go to the host", error)
+                return [None]
+
         for (height, width), members in groups.items():
             count = self._at_once(height, width, masks=False)
             for part in _parts(members, [images[i].shape[0] * images[i].shape[1] for i in members], count):
-                seen = np.stack([resized(images[index], self._card) for index in part])
-                try:
-                    masks = backend.masks_at(seen, [images[i].shape[:2] for i in part], self._refiner)
-                except OutOfMemoryError:
-                    continue  # scores of these go to the host, in smaller batches if need be
-                if any(mask.max() == NOT_FINITE for mask in masks):
+                masks = {i: mask for i, mask in zip(part, _halving(made, part), strict=True) if mask is not None}
+                if any(mask.max() == NOT_FINITE for mask in masks.values()):
                     raise self._not_finite()
-                found.update(zip(part, masks, strict=True))
+                found |= masks
         return found
 
     def _masks_at_obstacle(self) -> str | None:

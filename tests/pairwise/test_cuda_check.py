@@ -74,7 +74,7 @@ def test_fake_tensors_and_transforms_about_it_have_no_part(module):
 
 PASSING = {
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
-    "driver": RuntimeError("the CUDA driver refuses the pairwise kernels (CUDA_ERROR_OUT_OF_MEMORY)"),
+    "driver": RuntimeError("the CUDA driver refuses the kernels (CUDA_ERROR_OUT_OF_MEMORY)"),
     "capture": RuntimeError("CUDA error: operation not permitted when stream is capturing"),
 }
 

@@ -128,7 +128,7 @@ def test_an_empty_batch_launches_nothing(cases, driver):
 def test_a_refusal_is_an_error_and_takes_the_form_away(driver, monkeypatch):
     driver.refuse = 700
     masks = torch.rand(1, 2, 4, 4)
-    with pytest.raises(BackendError, match=r"driver refuses the pairwise kernels \(700\)"):
+    with pytest.raises(BackendError, match=r"driver refuses the kernels \(700\)"):
         cuda_form.refine(SMALL, masks, masks, None, torch.empty_like(masks))
     monkeypatch.setattr(cuda_check, "place_of", lambda _: torch.device("cpu"))
     assert "refuses" in cuda_form.check(0)

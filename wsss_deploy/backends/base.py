@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BATCH_PIXELS = 2_000_000
 #: Pixels of all masks that one call of `masks_at` is asked for: they are page-locked for as long as the runtime lives.
 MOST_PIXELS = 2**25
+#: Pixels of the network for one of the mask, beyond which `masks_at` is not asked: a thread of the GPU reads them all,
+#: one by one, and a mask of one pixel would keep it for seconds.
+MOST_REDUCED = 4096
 #: What `masks_at` gives where the scores that a pixel rests on are not all finite; no class has that number.
 NOT_FINITE = 255
 
@@ -107,7 +110,7 @@ class SizedMasks(Protocol):
 
         Args:
             images: As in `Backend.run`.
-            sizes: H and W of each mask, together at most `MOST_PIXELS` unless it is one.
+            sizes: H and W of each mask, together at most `MOST_PIXELS`, and see `MOST_REDUCED`.
             refiner: As in `Backend.run`, one that `masks_at_obstacle` has nothing against.
 
         Returns:
@@ -117,6 +120,11 @@ class SizedMasks(Protocol):
             BackendError: The runtime failed; OutOfMemoryError also where only the refinement found no memory.
         """
         ...
+
+
+def alone(masks: Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    """Masks that lie in one array, each in memory of its own: who keeps one would keep all of them."""
+    return [mask.copy() for mask in masks] if len(masks) > 1 else list(masks)
 
 
 # As they stand in what torch, ONNX Runtime, OpenVINO, TensorRT, CUDA, cuBLAS and numpy say.

@@ -1,8 +1,8 @@
 // The class of the highest score at every pixel of an image, whose scores are there at another size.
 //
-// Pillow's bilinear filter, as upsampling.py has it: a triangle around the pixel's centre, one small pixel wide on each
-// side, or as wide as the pixel where scores are reduced. Its weights are not divided by their sum, which is one for all
-// classes. One thread a pixel.
+// Pillow's bilinear filter, as upsampling.py has it: a triangle around the pixel's centre, one small pixel wide on
+// each side, or as wide as the pixel where scores are reduced. Its weights are not divided by their sum, which is one
+// for all classes. One thread a pixel.
 
 struct Taps {
   int first, count;
@@ -32,12 +32,13 @@ static __device__ float weight(const Taps& along, int tap) {
 }
 
 // 255 where a score is not finite: no class has that number.
-extern "C" __global__ void wsss_best_class(const float* scores, int batch, int channels, int height, int width, int rows,
-                                           int columns, unsigned char* mask) {
+extern "C" __global__ void wsss_best_class(const float* scores, int batch, int channels, int height, int width,
+                                           int rows, int columns, unsigned char* mask) {
   const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   const long long pixels = (long long)rows * columns, plane = (long long)height * width;
   if (index >= batch * pixels) return;
-  const Taps down = taps(int(index % pixels / columns), height, rows), along = taps(int(index % columns), width, columns);
+  const Taps down = taps(int(index % pixels / columns), height, rows);
+  const Taps along = taps(int(index % columns), width, columns);
   const float* channel = scores + index / pixels * channels * plane + (long long)down.first * width + along.first;
   float best = 0;
   int found = 0;
@@ -50,7 +51,8 @@ extern "C" __global__ void wsss_best_class(const float* scores, int batch, int c
   for (int c = 0; c < channels; ++c, channel += plane) {
     float score = 0;
     if (enlarged) {
-      score = upper * (near * channel[0] + far * channel[right]) + lower * (near * channel[below] + far * channel[below + right]);
+      score = upper * (near * channel[0] + far * channel[right]) +
+              lower * (near * channel[below] + far * channel[below + right]);
     } else {
       for (int i = 0; i < down.count; ++i) {
         float line = 0;

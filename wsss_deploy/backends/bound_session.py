@@ -48,6 +48,7 @@ class BoundSession:
     ) -> None:
         self._layer, self._classes, self._device = layer, classes, (device_type, index)
         self._lock = threading.Lock()
+        self._able: set[Refinement | None] = set()  # after which masks are made on the device
         with layer.active():
             self._lane = DeviceLane(layer, index)
             self.session: Any = open_session(self._lane.handle)
@@ -77,10 +78,15 @@ class BoundSession:
         """See `SizedMasks`."""
         if self._types.get("scores") != np.float32:
             return "the model's scores are not float32"
+        if settings in self._able:  # without waiting for other calls
+            return None
         try:
             with self._lock, self._layer.active():
                 found = None if settings is None else self._lane.refinement.obstacle(settings)
-                return self._lane.enlarged.obstacle() if found is None else found
+                found = self._lane.enlarged.obstacle() if found is None else found
+                if found is None:
+                    self._able.add(settings)
+                return found
         except BackendError as error:  # of a device that does not work any more
             return str(error)
 

@@ -108,6 +108,7 @@ class DeviceLane:
     def failed(self, error: Exception) -> None:
         """Where memory was short, give back what is held for images of this size: it would hinder smaller batches."""
         if memory_is_short(error):
+            self.settle()  # the network may be in the stream already, and works in these buffers
             self.buffers.release()
             self.refinement.release()
             self.enlarged.release()

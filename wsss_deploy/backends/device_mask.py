@@ -16,7 +16,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from wsss_deploy.backends.base import memory_is_short
+from wsss_deploy.backends.base import alone, memory_is_short
 from wsss_deploy.backends.device_layer import Buffers, DeviceLayer
 from wsss_deploy.pairwise import cuda_source
 from wsss_deploy.pairwise.cuda_launch import Place, launch_at
@@ -41,9 +41,9 @@ def mask_source() -> str:
 
 
 def parted(masks: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.uint8]]:
-    """Masks (H, W) of a row of them, one behind the other; views of it."""
+    """Masks (H, W) of a row of them, one behind the other."""
     ends = np.cumsum([height * width for height, width in sizes])
-    return [mask.reshape(size) for mask, size in zip(np.split(masks, ends[:-1]), sizes, strict=True)]
+    return alone([mask.reshape(size) for mask, size in zip(np.split(masks, ends[:-1]), sizes, strict=True)])
 
 
 class DeviceMasks:

@@ -120,7 +120,10 @@ class DeviceRefinement:
         self.release()
         if not self._warned:  # images of one size would say it one by one
             self._warned = True
-            _log.warning("The GPU has no memory for refining (%s); the CPU refines what does not fit", error)
+            _log.warning(
+                "The GPU has no memory for refining (%s); what does not fit goes in smaller batches or to the CPU",
+                error,
+            )
 
     def _difference(self, settings: Refinement) -> float:
         """Largest difference on small problems, with rows of whole groups of four and others; NaN if one gives it."""

@@ -194,6 +194,8 @@ class OnnxRuntimeBackend:
         self, images: npt.NDArray[np.uint8], sizes: Sequence[tuple[int, int]], refiner: Refiner | None
     ) -> list[npt.NDArray[np.uint8]]:
         """See `SizedMasks`."""
+        if self._bound is None:
+            raise BackendError(f"masks cannot be made on the device: {self.masks_at_obstacle(None)}; use run or masks")
         return parted(self._output("scores", images, refiner, sizes)[0], sizes)
 
     def _output(

@@ -74,6 +74,8 @@ class TensorRTBackend:
         content = read_engine(path, manifest)
         self._manifest, self._trt, self._path = manifest, trt, path
         obstacles: dict[str, str | None] = {}
+        #: Refinements, or none, after which masks are made on the device.
+        self._able: set[Refinement | None] = set()
         with self._layer.active():
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             self._engine = self._runtime.deserialize_cuda_engine(content)
@@ -81,7 +83,7 @@ class TensorRTBackend:
                 raise ArtifactError(f"{path}: TensorRT cannot load it; build it anew: {manifest.command}")
             self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
             for _ in range(SLOTS):
-                self._free.put(_Slot(trt, self._engine, self._layer, index, obstacles))
+                self._free.put(_Slot(trt, self._engine, self._layer, index, obstacles, len(manifest.card.classes)))
 
     def run(self, images: npt.NDArray[np.uint8], refiner: Refiner | None = None) -> Output:
         """Class probabilities, see `Backend.run`; refined before they leave the device where that is possible."""
@@ -100,8 +102,15 @@ class TensorRTBackend:
         return parted(self._batches("scores", images, refiner, sizes)[0], sizes)
 
     def masks_at_obstacle(self, settings: Refinement | None) -> str | None:
-        """See `SizedMasks`."""
-        return self._asked(lambda slot: slot.masks_at_obstacle(settings))
+        """See `SizedMasks`; no slot is waited for once it is known that nothing is in the way."""
+        if self._manifest.shapes[0][0] > 1:
+            return "the engine takes no single images"
+        if settings in self._able:
+            return None
+        found = self._asked(lambda slot: slot.masks_at_obstacle(settings))
+        if found is None:
+            self._able.add(settings)
+        return found
 
     def batch_budget(self, height: int, width: int, masks: bool) -> int:
         """Images of a size to give to one call: whole batches, one at least, enough for all slots where memory allows.
@@ -223,7 +232,16 @@ def _pixels(sizes: Sequence[tuple[int, int]]) -> int:
 class _Slot:
     """One execution context with its stream and buffers; used by one thread at a time."""
 
-    def __init__(self, trt: Any, engine: Any, layer: DeviceLayer, index: int, obstacles: dict[str, str | None]) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        layer: DeviceLayer,
+        index: int,
+        obstacles: dict[str, str | None],
+        classes: int,
+    ) -> None:
+        self._classes = classes
         self._context = engine.create_execution_context()
         if self._context is None:
             raise BackendError("TensorRT cannot create an execution context: out of memory")
@@ -262,6 +280,10 @@ class _Slot:
             if images.shape != self._shape:
                 self._prepare(images.shape)
             shape = tuple(self._context.get_tensor_shape(output))
+            if output == "scores" and shape[1] != self._classes:
+                raise ArtifactError(
+                    f"the engine gives {shape[1]} classes, its card names {self._classes}; export it again"
+                )
             kind = self._types[output]
             # The context has the addresses already: these buffers are the lane's.
             into = place(shape, kind) if sizes is None else place((_pixels(sizes),), np.dtype(np.uint8))

@@ -141,7 +141,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"the CUDA form needs cuda-bindings ({error}); pip install 'cuda-bindings[all]'") from error
+        raise BackendError(f"CUDA kernels need cuda-bindings ({error}); pip install 'cuda-bindings[all]'") from error
     return driver
 
 
@@ -150,7 +150,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         name = getattr(status, "name", status)
         raise BackendError(
-            f"the CUDA driver refuses the pairwise kernels ({name}); update it, or refine without them (form 'torch', "
+            f"the CUDA driver refuses the kernels ({name}); update it, or refine without them (form 'torch', "
             "or the CPU)"
         )
     return values[0] if values else None

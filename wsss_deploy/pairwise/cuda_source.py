@@ -143,7 +143,7 @@ def compile_program(text: str, name: str, architecture: str = "compute_80") -> b
         # and a one-byte object is shared by the whole interpreter, which would find every space to be a NUL.
         log = b" " * (_checked(nvrtc.nvrtcGetProgramLogSize(program)) + 1)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendError(f"NVRTC does not compile the pairwise kernels ({status.name}): {log.decode()[:2000]}")
+        raise BackendError(f"NVRTC does not compile {name} ({status.name}): {log.decode()[:2000]}")
     size, read = ("nvrtcGetCUBINSize", "nvrtcGetCUBIN") if machine else ("nvrtcGetPTXSize", "nvrtcGetPTX")
     result: bytes = b" " * _checked(getattr(nvrtc, size)(program))
     getattr(nvrtc, read)(program, result)
