@@ -16,6 +16,12 @@ The truth of the split that is looked at enters all but the first and the last: 
 
 makes a copy of a folder set whose training masks leave out the pixels that "off borders" leaves out: what a twin learns
 that is never told where borders are.
+
+    python -m benchmarks.gap --where COPY --labels runs/voc-scribbles-walk-0/pseudo_labels --data DATA
+    python -m benchmarks.gap --mixed COPY --labels runs/voc-scribbles-walk-0/pseudo_labels --data DATA
+
+take apart what labels that were carried on lack: training masks that are true, but only where a run's labels are; and
+these labels, right or wrong, with the truth wherever they are not.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,40 +84,73 @@ def measure(model: Path, data: Path, split: str) -> dict[str, float]:
     return {view: evaluator.result().miou for view, evaluator in evaluators.items()}
 
 
-def write_inner(data: Path, copy: Path) -> float:
-    """Copy a folder set by links, its training masks without borders; the part of their pixels that is left."""
+def write_copy(data: Path, copy: Path, change: Callable[[str, NDArray[np.uint8]], NDArray[np.uint8]]) -> str:
+    """Copy a folder set by links, its training masks changed; how many of their pixels are labelled and right.
+
+    Args:
+        data: The set.
+        copy: A new folder.
+        change: From an image's name and mask to the mask that it gets.
+    """
     source = open_dataset(data)
     train = set(source.splits["train"])
     (copy / "masks").mkdir(parents=True)
     for path in data.iterdir():
         if path.name != "masks":
             (copy / path.name).symlink_to(path.resolve())
-    kept = labelled = 0
+    kept = right = labelled = 0
     for path in (data / "masks").iterdir():
         if path.stem not in train:
             (copy / "masks" / path.name).symlink_to(path.resolve())
             continue
         truth = source.load_labels(path.stem, "masks")
-        inner = off_borders(truth)
-        Image.fromarray(inner).save(copy / "masks" / path.name)
-        kept += int(np.count_nonzero(inner != IGNORE_INDEX))
-        labelled += int(np.count_nonzero(truth != IGNORE_INDEX))
-    return kept / labelled
+        changed = change(path.stem, truth)
+        Image.fromarray(changed).save(copy / "masks" / path.name)
+        known = truth != IGNORE_INDEX
+        kept += int(np.count_nonzero(known & (changed != IGNORE_INDEX)))
+        right += int(np.count_nonzero(known & (changed == truth)))
+        labelled += int(np.count_nonzero(known))
+    return (
+        f"{kept / labelled:.1%} of the labelled pixels of the masks have a label, {right / kept:.1%} of these are right"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--inner", type=Path, metavar="COPY", help="write a copy without borders and measure nothing")
+    copies = parser.add_mutually_exclusive_group()
+    copies.add_argument("--inner", type=Path, metavar="COPY", help="write a copy without borders and measure nothing")
+    copies.add_argument("--where", type=Path, metavar="COPY", help="write a copy with the truth where --labels are")
+    copies.add_argument(
+        "--mixed", type=Path, metavar="COPY", help="write a copy with --labels, and the truth elsewhere"
+    )
+    parser.add_argument("--labels", type=Path, help="folder of label maps NAME.png")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", default="val")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.inner:
-        print(f"{100 * write_inner(options.data, options.inner):.1f} % of the labelled pixels are left")
-        return 0
+    if (options.where or options.mixed) and not options.labels:
+        parser.error("--where and --mixed need --labels, the folder of a run's pseudo_labels")
+
+    def labels(name: str) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(options.labels / f"{name}.png"), dtype=np.uint8)
+
+    def where(name: str, truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.where(labels(name) == IGNORE_INDEX, IGNORE_INDEX, truth).astype(np.uint8)
+
+    def mixed(name: str, truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        own = labels(name)
+        # Where the truth is not known, neither is whether a label is right.
+        return np.where((own == IGNORE_INDEX) | (truth == IGNORE_INDEX), truth, own).astype(np.uint8)
+
+    for copy, change in (
+        (options.inner, lambda _, truth: off_borders(truth)), (options.where, where), (options.mixed, mixed),
+    ):  # fmt: skip
+        if copy:
+            print(write_copy(options.data, copy, change))
+            return 0
     if not options.models:
-        parser.error("give one model.pt or more, or --inner")
+        parser.error("give one model.pt or more, or --inner, --where or --mixed")
     rows = {model.parent.name: measure(model, options.data, options.split) for model in options.models}
     views = [view for view in VIEWS if view in next(iter(rows.values()))]
     print(f"| {options.data.name}, {options.split} | " + " | ".join(views) + " |")
