@@ -57,9 +57,6 @@ WALK = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _WALK + "
 # The same, of images read at more than twice the crop's size: tokens there are as small as the objects' parts.
 _FINE = "{walk: {restart: 0.02}, labels: {sure: 0.7}, long_side: 576}"
 WALK_FINE = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _FINE + "}")
-# And where no class is sure, labels drawn by their chances.
-_DRAWN = "{walk: {restart: 0.02}, labels: {sure: 0.7, draw: 2.5}, long_side: 576}"
-WALK_DRAWN = ("--set", "method={name: partial_ce, absent: {}, propagate: " + _DRAWN + "}")
 WALK_TEACHER = ("--set", f"method={{name: partial_ce, absent: {{}}, teacher: {_TEACHER}, propagate: {_WALK}}}")
 WALK_GATED = ("--set", f"method.propagate={_WALK}")
 CARRIED_TEACHER = (
@@ -80,7 +77,6 @@ SETTINGS = (
     # Labels carried on by a random walk from the strokes, with cross-entropy or the Gated CRF loss.
     Setting("voc-scribbles-walk", "voc_animals", "scribbles", "", extra=WALK),
     Setting("voc-scribbles-walk-fine", "voc_animals", "scribbles", "", extra=WALK_FINE),
-    Setting("voc-scribbles-walk-drawn", "voc_animals", "scribbles", "", extra=WALK_DRAWN),
     Setting("voc-scribbles-walk-teacher", "voc_animals", "scribbles", "", extra=WALK_TEACHER),
     Setting("voc-scribbles-walk-gated", "voc_animals", "scribbles", "gated_crf", extra=(*ABSENT, *WALK_GATED)),
     Setting("voc-scribbles-teacher", "voc_animals", "scribbles", "gated_crf", extra=(*COARSE, *TEACHER)),
@@ -167,7 +163,6 @@ NO_CLAIM = (
     ("voc-scribbles-walk", "voc-scribbles-default"),
     ("voc-scribbles-walk-fine", "voc-scribbles-default"),
     ("voc-scribbles-walk-fine", "voc-scribbles-walk"),
-    ("voc-scribbles-walk-drawn", "voc-scribbles-walk-fine"),
     ("voc-scribbles-walk-gated", "voc-scribbles-default"),
     ("voc-scribbles-walk-teacher", "voc-scribbles-walk"),
     ("voc-scribbles-walk", "voc-scribbles-partial"),

@@ -179,35 +179,3 @@ def test_labels_are_given_where_a_probability_is_high():
     # A flat image refines nothing but borders.
     refined = sure_labels(torch.zeros(2, 3, 8, 8), maps, tags, valid, LabelRule(stride=1, sure=0.0))
     assert set(refined[0].unique().tolist()) <= {0, 1, 3}
-
-
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_labels_are_drawn_where_no_probability_is_high(power):
-    maps = torch.zeros(2, 3, 60, 80)
-    maps[0, 0, :, :20] = 0.9
-    maps[0, 0, :, 20:], maps[0, 2, :, 20:] = 0.5, 0.3  # and 0.2 of background
-    tags = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
-    valid = torch.ones(2, 60, 80, dtype=torch.bool)
-    valid[0, 50:] = False
-    rule = LabelRule(refiner=None, stride=1, sure=0.6, draw=power)
-    labels = sure_labels(torch.rand(2, 3, 60, 80), maps, tags, valid, rule)
-    assert (labels[0, :50, :19] == 1).all(), "what is sure is not drawn"
-    assert (labels[0, 50:] == 255).all()
-    assert (labels[1] == 0).all()
-    drawn = labels[0, :50, 22:]
-    odds = torch.tensor([0.2, 0.5, 0.0, 0.3]) ** power
-    found = torch.bincount(drawn.flatten(), minlength=4) / drawn.numel()
-    torch.testing.assert_close(found, odds / odds.sum(), atol=0.03, rtol=0)
-    # Neighbours are drawn by themselves.
-    same = (drawn[:, 1:] == drawn[:, :-1]).float().mean()
-    torch.testing.assert_close(same, (odds / odds.sum()).square().sum(), atol=0.03, rtol=0)
-    torch.testing.assert_close(labels, sure_labels(torch.rand(2, 3, 60, 80), maps, tags, valid, rule))
-
-
-def test_nothing_is_drawn_from_nothing():
-    maps = torch.tensor([1.0, 0.0])[None, :, None, None].expand(1, 2, 4, 4) * 0
-    tags, valid = torch.tensor([[1.0, 1.0]]), torch.ones(1, 4, 4, dtype=torch.bool)
-    rule = LabelRule(refiner=None, stride=1, sure=1.0, draw=2.0)
-    assert (sure_labels(torch.rand(1, 3, 4, 4), maps, tags, valid, rule) == 0).all(), "all is background"
-    unknown = torch.tensor([[1.0, torch.nan]])
-    assert (sure_labels(torch.rand(1, 3, 4, 4), maps, unknown, valid, rule) == 255).all()

@@ -108,8 +108,6 @@ class LabelRule:
         stride: Refinement at 1/stride of the image's size; the release has 2.
         temperature: Divides scores before the softmax over present classes; the release has 1.
         sure: Least probability of a label in `sure_labels`, which has no part in `high`, `low` and `temperature`.
-        draw: In `sure_labels`, where no class is sure, labels are drawn pixel by pixel, with chances in proportion to
-            this power of the probabilities. 0 leaves these pixels without one.
         guide: What the refiner sees: the image as it is, as released, or brightness and opponent colours.
     """
 
@@ -119,7 +117,6 @@ class LabelRule:
     stride: int = 2
     temperature: float = 1.0
     sure: float = 0.6
-    draw: float = 0.0
     guide: Guide = "rgb"
 
 
@@ -167,16 +164,12 @@ def agreed_labels(high: Tensor, low: Tensor, tags: Tensor, valid: Tensor) -> Ten
 def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: LabelRule) -> Tensor:
     """Training labels from maps that are probabilities: refined, and kept where one of them is sure.
 
-    Where none is, labels may be drawn: over the pixels of a place the mean cross-entropy of a network whose output
-    changes little there then is that with the probabilities themselves as (soft) labels. The same maps give the same
-    labels.
-
     Args:
         image: In [0, 1] (N, 3, H, W), see `byte_image`.
         maps: Of present classes (N, K, H, W), at least 0; what their sum lacks to 1 is the background's.
         tags: (N, K), 1 where present, NaN where unknown.
         valid: bool (N, H, W).
-        rule: `sure`, `draw`, `stride` and refiner.
+        rule: `sure`, `stride` and refiner.
 
     Returns:
         int64 (N, H, W), 255 = ignore; images without or with unknown tags as in `refined_labels`.
@@ -188,22 +181,8 @@ def sure_labels(image: Tensor, maps: Tensor, tags: Tensor, valid: Tensor, rule: 
         scores = refine(scores.contiguous(), guide_of(image, rule).to(scores.dtype), rule.refiner)
     scores = _resized(scores, image.shape[-2:])
     value, slot = (scores / scores.sum(dim=1, keepdim=True)).max(dim=1)
-    sure = value >= rule.sure
-    if rule.draw:
-        slot, sure = torch.where(sure, slot, _drawn(scores, rule.draw)), scores.amax(dim=1) > 0
     labels = _known(classes.gather(1, slot.flatten(1)).reshape(valid.shape), tags)
-    return labels.where(sure & valid, IGNORE_INDEX)
-
-
-def _drawn(scores: Tensor, power: float) -> Tensor:
-    """A channel of each pixel, with chances in proportion to a power of the scores: (N, C, H, W) to int64 (N, H, W)."""
-    odds = (scores / scores.amax(dim=1, keepdim=True)).nan_to_num(0).double() ** power
-    # The same numbers for every image, so that labels that are made again are the same.
-    generator = torch.Generator().manual_seed(0)
-    chance = torch.rand(scores.shape[-2:], generator=generator, dtype=torch.float64).to(scores.device)
-    below = odds.cumsum(dim=1)
-    # The last sum is above every chance of less than 1, and a channel of score 0 adds nothing to the one before it.
-    return (below <= chance * below[:, -1:]).sum(dim=1).clamp(max=scores.shape[1] - 1)
+    return labels.where((value >= rule.sure) & valid, IGNORE_INDEX)
 
 
 def _known(labels: Tensor, tags: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ def label_rule(settings: LabelSettings) -> LabelRule:
         high=settings.high,
         low=settings.low,
         sure=settings.sure,
-        draw=settings.draw,
         refiner=refiner,
         temperature=settings.temperature,
         guide=settings.guide,

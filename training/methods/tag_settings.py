@@ -151,9 +151,6 @@ class LabelSettings(_Strict):
         low: Background score below which the background is sure; between the two is 255.
         sure: Least probability of a label, where the maps know the background (`TokenSettings`); `high` and `low` have
             no part there.
-        draw: There, where no class is that sure, labels are drawn pixel by pixel, with chances in proportion to this
-            power of the probabilities (2 to 3 makes them as large as the part that is right); 0 leaves such pixels
-            without a label.
         refiner: Local refinement of both passes: "varm" (TSCD), "par" (AFA) or "off".
         guide: What the refiner sees: "rgb", as released, or "opponent", brightness and opponent colours.
         iterations: Of the refiner.
@@ -163,7 +160,6 @@ class LabelSettings(_Strict):
     high: Share = 0.3
     low: Share = 0.1
     sure: Share = 0.6
-    draw: Annotated[float, Field(ge=0, le=100)] = 0.0
     refiner: Literal["varm", "par", "off"] = "varm"
     guide: Literal["rgb", "opponent"] = "opponent"
     iterations: Annotated[int, Field(ge=1, le=100)] = 10
