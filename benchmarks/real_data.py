@@ -206,14 +206,21 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = slim(json.loads(record.read_text()), date.fromtimestamp(record.stat().st_mtime))
     if options.keep:
-        with open(f"{options.kept}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # Read again: a series beside this one may have added to it while this one trained.
-            together = {name: found} | read_kept(options.kept)
-            fresh = options.kept.with_suffix(".partial")
-            fresh.write_text(json.dumps(dict(sorted(together.items())), indent=1) + "\n")
-            fresh.replace(options.kept)
+        add_kept(options.kept, name, found)
     return found
+
+
+def add_kept(file: Path, name: str, record: dict) -> None:
+    """Add a record; others that a series beside this one adds stay."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        together = {name: record} | read_kept(file)
+        fresh = file.with_suffix(".partial")
+        fresh.write_text(json.dumps(dict(sorted(together.items())), indent=1) + "\n")
+        fresh.replace(file)
+    finally:
+        os.close(folder)
 
 
 def read_kept(file: Path | None) -> dict[str, dict]:
@@ -254,6 +261,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    unknown = sorted(set(options.settings) - {setting.name for setting in SETTINGS})
+    if unknown:
+        parser.error(f"no setting {', '.join(unknown)}; there are {', '.join(setting.name for setting in SETTINGS)}")
 
     chosen = [setting for setting in SETTINGS if setting.name in options.settings]
     records = {s.name: [run(s, seed, options) for seed in options.seeds] for s in chosen}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,3 +68,22 @@ def test_runs_of_another_length_and_without_the_file_are(tmp_path, trained):
     assert "voc-scribbles-default-0 of 1500 iterations at 256 px" in json.loads(kept.read_text())
     run(SETTING, 0, options(tmp_path / "c"))
     assert trained == [0, 0, 0]
+
+
+def test_series_beside_each_other_keep_both(tmp_path, trained):
+    kept = tmp_path / "runs.json"
+    names = [f"voc-scribbles-default-{seed}" for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: run(SETTING, seed, options(tmp_path / str(seed), kept, keep=True)), range(8)))
+    assert list(json.loads(kept.read_text())) == names
+    assert [path.name for path in tmp_path.glob("runs*")] == ["runs.json"]
+
+
+def test_mistakes_are_told(tmp_path, trained, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="--keep needs --kept"):
+        run(SETTING, 0, options(tmp_path, keep=True))
+    monkeypatch.setattr(real_data.sys, "argv", ["real_data", "--settings", "voc-scribble-default"])
+    with pytest.raises(SystemExit):
+        real_data.main()
+    assert "no setting voc-scribble-default; there are voc-masks," in capsys.readouterr().err
+    assert trained == []
