@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -163,14 +163,17 @@ class Driver(Contexts):
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.names = folder, itertools.count()
+        self.folder = folder
         self.launches, self.refuse, self.lock = [], None, threading.Lock()
         (folder / "cuda_fp16.h").write_text("typedef _Float16 __half;\n")
 
     def cuModuleLoadData(self, image):
         assert self.contexts, "a module is loaded into the current context"
         assert image.endswith(b"\0")
-        name = f"program{next(self.names)}"
+        # The same program comes in many tests; the folder is the whole session's.
+        name = f"program{hashlib.sha256(image).hexdigest()[:16]}"
+        if (self.folder / f"{name}.so").exists():
+            return 0, load_library(str(self.folder / f"{name}.so"))
         (self.folder / f"{name}.cpp").write_bytes(EMULATION.encode() + image[:-1] + LOOP.encode())
         command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-I.", f"{name}.cpp", "-o", f"{name}.so"]
         # A GPU refuses vector loads from other addresses, which this CPU would not.
@@ -200,8 +203,13 @@ def contexts():
     return Contexts()
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture
-def driver(monkeypatch, tmp_path):
+def driver(monkeypatch, programs):
     """A stand-in for the driver that runs the kernels' code, compiled as C++, on CPU tensors."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -209,7 +217,7 @@ def driver(monkeypatch, tmp_path):
 
     from wsss_deploy.pairwise import cuda_form, cuda_launch, cuda_source, energy_cuda_form
 
-    stand_in = Driver(tmp_path)
+    stand_in = Driver(programs)
     monkeypatch.setattr(cuda_launch, "_driver", lambda: stand_in)
     monkeypatch.setattr(
         cuda_source, "ptx", lambda parameters, storage, _: cuda_source.source(parameters, storage).encode()

@@ -59,7 +59,7 @@ def check(proto, path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoder", "opset"), zip(ENCODERS, (18, 23) * len(ENCODERS), strict=False))
+@pytest.mark.parametrize(("encoder", "opset"), [*zip(ENCODERS, (18, 23) * len(ENCODERS), strict=False)])
 def test_every_family(encoder, opset, tmp_path, one_thread):
     # Half of them at each end of the opsets; that takes half the time, and every export checks its own graph.
     check(graph_of(encoder, ENCODERS[encoder], opset)[1], tmp_path / "model.onnx")
