@@ -22,6 +22,7 @@ from benchmarks.few_images import part
 from training.data.dataset import open_dataset
 from training.data.pipeline import TrainingSet
 from training.evaluate import Evaluator
+from training.methods.tag_settings import WalkSettings
 from training.propagation_stage import add_propagated_labels
 from training.run import prepare_source, resolve_recipe
 from wsss_deploy.card import IGNORE_INDEX
@@ -33,8 +34,12 @@ def measure(options: argparse.Namespace, walk: dict | None, sure: float) -> str:
     """One table cell."""
     plain = open_dataset(part(options.shared / "data" / "voc_animals", options.out, options.images, 0))
     weights = options.shared / "weights" / "vit_tiny_patch16_224.safetensors"
-    propagate = {"walk": walk, "labels": {"sure": sure}, "tokens": {"images": options.kind == "points"}}
-    propagate["long_side"] = options.long_side
+    propagate = {
+        "walk": walk,
+        "labels": {"sure": sure},
+        "tokens": {"images": options.kind == "points"},
+        "long_side": options.long_side,
+    }
     given = {
         "model": {"weights": str(weights)},
         "augmentation": {"size": 256},
@@ -44,10 +49,7 @@ def measure(options: argparse.Namespace, walk: dict | None, sure: float) -> str:
     source, _ = prepare_source(plain, recipe)
     names = source.splits["train"]
     dataset = TrainingSet(source, names, (options.kind,), recipe.augmentation, recipe.seed)
-    folder = (
-        options.out
-        / f"carried-{options.kind}-{options.images}-{options.long_side or recipe.augmentation.size * 3 // 2}"
-    )
+    folder = options.out / f"carried-{options.kind}-{options.images}-{options.long_side}"
     folder.mkdir(parents=True, exist_ok=True)
     carried = add_propagated_labels(recipe, recipe.method.propagate, source, dataset, folder, False)
     if carried is None:
@@ -69,8 +71,8 @@ def main() -> int:
     parser.add_argument("--kind", choices=("scribbles", "points"), default="scribbles")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--sure", nargs="*", type=float, default=SURE, help="least probabilities of a label")
-    parser.add_argument("--long-side", type=int, help="pixels at which images are read (default: the method's, 384)")
-    parser.add_argument("--restart", type=float, default=0.05, help="of the walk")
+    parser.add_argument("--long-side", type=int, default=384, help="pixels at which images are read")
+    parser.add_argument("--restart", type=float, default=WalkSettings().restart, help="of the walk")
     options = parser.parse_args()
     print(f"| {options.kind}: pixels with a label | {' | '.join(f'sure {sure}' for sure in options.sure)} |")
     print("|---|" + "---|" * len(options.sure), flush=True)
@@ -78,7 +80,7 @@ def main() -> int:
         print(f"| {title} | {' | '.join(measure(options, walk, sure) for sure in options.sure)} |", flush=True)
     print(
         f"\nProtocol: voc_animals, {options.images} random training images and their {options.kind}, ViT-Tiny with "
-        f"supervised ImageNet weights; images read at {options.long_side or 384} px, restart {options.restart}; labels "
+        f"supervised ImageNet weights; images read at {options.long_side} px, restart {options.restart}; labels "
         f"carried on, no training. torch {torch.__version__}, {date.today()}."
     )
     return 0

@@ -134,6 +134,9 @@ SETTINGS = (
     Setting("acdc-scribbles-propagate", "acdc_scribbles", "scribbles", "", "foreground_miou", PROPAGATE),
 )
 
+# Of all tables; the names of other runs that are kept say what they have.
+ITERATIONS, SIZE = 500, 256
+
 # Lowest acceptable means; a figure that is missing (not run) is not checked but named.
 GOALS = {"voc-masks": 0.81, "voc-points-partial": 0.682, "voc-points-gated": 0.711, "voc-points-default": 0.77}
 # The defaults' lowest acceptable part of the twin's figure (acdc: Dice of the foreground).
@@ -183,10 +186,10 @@ NO_CLAIM = (
 
 def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     """Train one setting with one seed, or read the finished run."""
-    folder = options.out / f"{setting.name}-{seed}"
-    record = folder / "run.json"
     name = f"{setting.name}-{seed}"
-    if options.iterations != 500 or options.size != 256:
+    folder = options.out / name
+    record = folder / "run.json"
+    if (options.iterations, options.size) != (ITERATIONS, SIZE):
         name += f" of {options.iterations} iterations at {options.size} px"
     if options.keep and not options.kept:
         raise SystemExit("--keep needs --kept FILE, to which the records are added")
@@ -248,8 +251,8 @@ def run_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("WSSS_SHARED", "../shared")))
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--kept", type=Path, metavar="FILE", help="records (JSON) of runs that are not repeated")
     parser.add_argument("--keep", action="store_true", help="add the records of other runs to --kept FILE")
     return parser

@@ -233,16 +233,17 @@ class Segmenter:
 
     def _masks_from_device(self, images: dict[int, npt.NDArray[np.uint8]]) -> dict[int, npt.NDArray[np.uint8]]:
         """Masks of those images whose scores the runtime brings to their size on its device, if it does so."""
-        backend, groups = self._backend, dict[tuple[int, int], list[int]]()
-        if isinstance(backend, SizedMasks):
-            for index, image in images.items():
-                height, width, _ = image.shape
-                seen = network_size(height, width, self._card)
-                suits = MOST_REDUCED * height * width >= seen[0] * seen[1] and height * width <= MOST_PIXELS
-                if suits and not is_cut(height, width, self._card):
-                    groups.setdefault(seen, []).append(index)
-        found: dict[int, npt.NDArray[np.uint8]] = {}
-        if not groups or not isinstance(backend, SizedMasks) or self._masks_at_obstacle() is not None:
+        backend, found = self._backend, dict[int, npt.NDArray[np.uint8]]()
+        if not isinstance(backend, SizedMasks):
+            return found
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, image in images.items():
+            height, width, _ = image.shape
+            seen = network_size(height, width, self._card)
+            suits = MOST_REDUCED * height * width >= seen[0] * seen[1] and height * width <= MOST_PIXELS
+            if suits and not is_cut(height, width, self._card):
+                groups.setdefault(seen, []).append(index)
+        if not groups or self._masks_at_obstacle() is not None:
             return found
 
         def made(part: list[int]) -> list[npt.NDArray[np.uint8] | None]:

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 
 import wsss_deploy.backends.tensorrt as runner
+from wsss_deploy.errors import BackendError
 from wsss_deploy.pairwise import ptx_cache
 
 
@@ -213,12 +214,17 @@ class Stream:
 
 
 class FakeLayer:
-    """A device of host memory that notes what crosses, and that everything happens where it is active."""
+    """A device of host memory that notes what crosses, and that everything happens where it is active.
+
+    Attributes:
+        most: Bytes that a buffer may have; larger ones find no memory.
+    """
 
     name, gpu, compute_capability = "stand-in", "Stand-in 9000", "9.0"
 
     def __init__(self, index):
         self.uploaded, self.downloaded, self.allocated, self.live, self.events = [], [], 0, 0, []
+        self.most = 10**12
         self.local = threading.local()
 
     @contextmanager
@@ -245,6 +251,8 @@ class FakeLayer:
 
     def device_buffer(self, count):
         self.check()
+        if count > self.most:
+            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
         self.allocated += 1
         return Buffer(self, count)
 

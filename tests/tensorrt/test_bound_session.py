@@ -189,20 +189,13 @@ def test_masks_of_large_images_are_parted(cuda, tiny_onnx, layer, monkeypatch):
         assert (mask == ours.predict(image).mask).mean() > 0.998
 
 
-def test_masks_without_room_for_refining_take_the_hosts_way(cuda, tiny_onnx, layer, monkeypatch):
+def test_masks_without_room_for_refining_take_the_hosts_way(cuda, tiny_onnx, layer):
     ours, theirs = (
         Segmenter(tiny_onnx, device=d, refine=DEFAULT, sizing=Sizing(long_side=64)) for d in ("auto", "cpu")
     )
     assert ours.describe()["masks"] == "on the device"
     image = pattern_image(96, 96, 0)
-    give = layer.device_buffer
-
-    def little(count):
-        if count > 4 * 4 * 64 * 64:  # the scores fit, the weights do not
-            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
-        return give(count)
-
-    monkeypatch.setattr(layer, "device_buffer", little)
+    layer.most = 4 * 4 * 64 * 64  # the scores fit, the weights do not
     layer.downloaded.clear()
     np.testing.assert_array_equal(ours.predict_masks([image])[0], theirs.predict(image).mask)
     assert layer.downloaded == [4 * 4 * 64 * 64]
@@ -349,48 +342,34 @@ def test_a_driver_that_refuses_leaves_it_to_the_cpu(cuda, tiny_onnx, driver):
     assert segmenter.predict(pattern_image(48, 64, 0)).timing["refinement"] > 0
 
 
-def test_memory_that_is_short_halves_the_batch(cuda, tiny_onnx, layer, monkeypatch):
+def test_memory_that_is_short_halves_the_batch(cuda, tiny_onnx, layer):
     segmenter = Segmenter(tiny_onnx, refine=False)
     images = [pattern_image(48, 64, seed) for seed in range(4)]
     expected = [Segmenter(tiny_onnx, device="cpu", refine=False).predict(image).mask for image in images]
-    give = layer.device_buffer
-
-    def little(count):
-        if count > 2 * 48 * 64 * 4 * 4:
-            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
-        return give(count)
-
-    monkeypatch.setattr(layer, "device_buffer", little)
+    before, layer.most = layer.most, 2 * 48 * 64 * 4 * 4
     for result, mask in zip(segmenter.predict_batch(images), expected, strict=True):
         np.testing.assert_array_equal(result.mask, mask)
-    monkeypatch.setattr(layer, "device_buffer", lambda count: little(10**9))
+    layer.most = 0
     with pytest.raises(OutOfMemoryError, match="use smaller batches"):
         segmenter.predict(pattern_image(200, 100, 0))
-    monkeypatch.setattr(layer, "device_buffer", give)
+    layer.most = before
     segmenter.predict(pattern_image(200, 100, 0))
 
 
-def test_without_memory_for_refining_the_cpu_refines(cuda, tiny_onnx, layer, monkeypatch, caplog):
+def test_without_memory_for_refining_the_cpu_refines(cuda, tiny_onnx, layer, caplog):
     segmenter = Segmenter(tiny_onnx, refine=DEFAULT)
     image = pattern_image(64, 96, 0)
     expected = Segmenter(tiny_onnx, device="cpu", refine=DEFAULT).predict(image)
-    give = layer.device_buffer
-
-    def little(count):
-        if count > 4 * 4 * 64 * 96:  # the scores fit, the weights do not
-            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
-        return give(count)
-
-    monkeypatch.setattr(layer, "device_buffer", little)
+    before, layer.most = layer.most, 4 * 4 * 64 * 96  # the scores fit, the weights do not
     result = segmenter.predict(image)
     np.testing.assert_array_equal(result.scores, expected.scores)
     assert result.timing["refinement"] > 0
     assert "no memory for refining" in caplog.text
     assert segmenter.describe()["refinement"]["form"] == "cuda", "another time there may be room"
     fresh = OnnxRuntimeBackend(tiny_onnx, "cuda")
-    monkeypatch.setattr(layer, "device_buffer", lambda count: little(10**9))
+    layer.most = 0
     assert "cudaErrorMemoryAllocation" in fresh.refinement_form(DEFAULT).reason
-    monkeypatch.setattr(layer, "device_buffer", give)
+    layer.most = before
     assert fresh.refinement_form(DEFAULT).name == "cuda"
 
 

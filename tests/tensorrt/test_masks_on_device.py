@@ -76,41 +76,25 @@ def test_threads_get_their_own_masks(engine, tiny_onnx, driver):
 
 
 @REFINE
-def test_without_memory_batches_are_halved(engine, tiny_onnx, machine, driver, monkeypatch, caplog, refine):
+def test_without_memory_batches_are_halved(engine, tiny_onnx, machine, driver, caplog, refine):
     ours, theirs = both(engine, tiny_onnx, refine)
     layer, images = machine[-1], [pattern_image(300, 400, seed) for seed in range(4)]
-    give = layer.device_buffer
-    most = 2 * 300 * 400 if refine is False else 2 * 4 * 32 * 48 * 64  # masks or weights of two images
-
-    def little(count):
-        if count > most:
-            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
-        return give(count)
-
-    monkeypatch.setattr(layer, "device_buffer", little)
+    layer.most = 2 * 300 * 400 if refine is False else 2 * 4 * 32 * 48 * 64  # masks or weights of two images
     layer.downloaded.clear()
     agree(ours.predict_masks(images), images, theirs)
     assert layer.downloaded == [2 * 300 * 400] * 2, "masks alone"
     assert "A batch of 4 images does not fit into memory" in caplog.text
 
 
-def test_an_image_without_memory_goes_by_its_scores(engine, tiny_onnx, machine, driver, monkeypatch, caplog):
+def test_an_image_without_memory_goes_by_its_scores(engine, tiny_onnx, machine, driver, caplog):
     ours, theirs = both(engine, tiny_onnx, False)
     layer, images = machine[-1], [pattern_image(300, 400, 0), pattern_image(60, 80, 1)]
-    give = layer.device_buffer
-    limit = 4 * 4 * 48 * 64 * 2
-
-    def little(count):
-        if count > limit:
-            raise BackendError("CUDA failed (cudaErrorMemoryAllocation)")
-        return give(count)
-
-    monkeypatch.setattr(layer, "device_buffer", little)
+    before, layer.most = layer.most, 4 * 4 * 48 * 64 * 2
     layer.downloaded.clear()
     agree(ours.predict_masks(images), images, theirs)
     assert layer.downloaded == [60 * 80, 4 * 4 * 48 * 64]
     assert "No room to make a mask on the GPU (TensorRT failed on cuda:0" in caplog.text
-    limit = 10**9
+    layer.most = before
     layer.downloaded.clear()
     agree(ours.predict_masks(images), images, theirs)
     assert layer.downloaded == [300 * 400 + 60 * 80], "there is room again"

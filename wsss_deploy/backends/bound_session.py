@@ -82,8 +82,7 @@ class BoundSession:
             return None
         try:
             with self._lock, self._layer.active():
-                found = None if settings is None else self._lane.refinement.obstacle(settings)
-                found = self._lane.enlarged.obstacle() if found is None else found
+                found = self._lane.masks_obstacle(settings)
                 if found is None:
                     self._able.add(settings)
                 return found

@@ -17,6 +17,7 @@ from wsss_deploy.errors import BackendError
 from wsss_deploy.pairwise.cuda_launch import Place
 
 if TYPE_CHECKING:
+    from wsss_deploy.card import Refinement
     from wsss_deploy.refinement import Refiner
 
 
@@ -99,6 +100,11 @@ class DeviceLane:
             return found, None if refined is None else refined[1]()
 
         return finish
+
+    def masks_obstacle(self, settings: Refinement | None) -> str | None:
+        """Why `start` cannot make masks of other sizes, of scores refined so or not at all; None if it can."""
+        found = None if settings is None else self.refinement.obstacle(settings)
+        return self.enlarged.obstacle() if found is None else found
 
     def settle(self) -> None:
         """Wait for what was started and is not wanted any more, whatever became of it."""

@@ -269,8 +269,7 @@ class _Slot:
         """See `SizedMasks`."""
         if self._types["scores"] != np.float32:
             return f"the engine's scores are {self._types['scores']}"
-        found = None if settings is None else self._lane.refinement.obstacle(settings)
-        return self._lane.enlarged.obstacle() if found is None else found
+        return self._lane.masks_obstacle(settings)
 
     def start(self, batch: _Batch, output: str, refiner: Refiner | None, place: _Place) -> _Finish:
         """Put upload, network, refinement and download of one output into the stream, see `DeviceLane.start`."""
