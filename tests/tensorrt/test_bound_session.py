@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
+from benchmarks.gpu_check import Machine, photograph_rows
 from export.patterns import pattern_image
 from wsss_deploy import Segmenter
 from wsss_deploy import segmenter as segmenter_module
@@ -175,6 +177,23 @@ def test_only_images_go_up_and_masks_of_their_sizes_come_down(cuda, tiny_onnx, l
         for mask, image in zip(masks, images, strict=True):
             assert mask.shape == image.shape[:2]
             assert (mask == theirs.predict(image).mask).mean() > 0.998
+
+
+def test_the_gpu_check_holds_masks_to_the_device(cuda, tiny_onnx, driver, monkeypatch):
+    machine = Machine(torch.device("cpu"))
+
+    def rows():
+        found = list(photograph_rows(machine, tiny_onnx, "auto"))
+        return [row.name.partition(" raised ")[2] for row in found], [row.ok for row in found]
+
+    on_host = "on the host, by predict_batch"
+    assert rows() == ([on_host, "on the device, by predict_masks"], [True, True])
+    right = Segmenter.predict_masks
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmenter, "predict_masks", lambda self, images: [mask ^ 1 for mask in right(self, images)])
+        assert rows()[1] == [True, False]
+    driver.refuse = 700
+    assert rows() == ([on_host, "on the host, by predict_masks"], [False, False])
 
 
 def test_masks_of_large_images_are_parted(cuda, tiny_onnx, layer, monkeypatch):
