@@ -378,8 +378,8 @@ def test_what_cannot_be_saved_is_kept(troubled_address, troubled, visit):
     for y in (50, 70):
         expected[disc_line(y, 40, 60, 3)] = 1
     wait_until(page, lambda: (labels(file) == expected).all())  # by itself
-    page.locator("#annotate .unsaved").wait_for(state="hidden")
-    assert not warns_before_leaving(page)
+    wait_until(page, lambda: not warns_before_leaving(page))  # the answer comes after the file
+    assert page.locator("#annotate .unsaved").is_hidden()
     assert not page.locator("#annotate .message").is_visible()
 
 
