@@ -14,7 +14,7 @@ pytestmark = pytest.mark.browser
 WIDTH, HEIGHT = 120, 80
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos") / "photos"
     (root / "images").mkdir(parents=True)
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def annotate_address(folder, color_segmenter, serve):
     with serve(color_segmenter, data=folder) as url:
         yield url
@@ -151,8 +151,7 @@ def wait_until(page, condition) -> None:
 def test_keyboard_only(annotate_address, folder, visit):
     annotator = Annotator(visit(annotate_address))
     page = annotator.page
-    if page.locator("#class-names").is_visible():
-        annotator.name_classes("background", "box")
+    annotator.name_classes("background", "box")
     page.locator("#annotate .stage[data-image]").wait_for()
     page.locator("#annotate .images").select_option("photo2")
     annotator.wait_for("photo2")
@@ -171,10 +170,9 @@ def test_keyboard_only(annotate_address, folder, visit):
 
 
 def test_two_people_at_one_image(annotate_address, folder, visit):
+    (folder / "classes.txt").write_text("background\nbox\n")
     pair = [Annotator(visit(annotate_address)) for _ in range(2)]
     for annotator in pair:
-        if annotator.page.locator("#class-names").is_visible():
-            annotator.name_classes("background", "box")
         annotator.page.locator("#annotate .stage[data-image]").wait_for()
         annotator.page.locator("#annotate .images").select_option("photo3")
         annotator.wait_for("photo3")
@@ -216,7 +214,7 @@ def test_a_missing_background_is_told_before_the_classes_are_used(tmp_path, colo
         assert (root / "classes.txt").read_text() == "dog\ncat\n"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def troubled(tmp_path_factory):
     """Images of which the first and the third cannot be read, and a large one."""
     root = tmp_path_factory.mktemp("troubled") / "troubled"
@@ -230,7 +228,7 @@ def troubled(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def troubled_address(troubled, color_segmenter, serve):
     with serve(color_segmenter, data=troubled) as url:
         yield url
@@ -401,5 +399,5 @@ def test_a_busy_server_is_asked_again(troubled_address, visit):
     annotator.wait_for("b")
     annotator.stroke((40, 40), (60, 40))
     page.get_by_role("button", name="Suggest next").click()
-    annotator.wait_for("large")
+    annotator.wait_for("d")
     assert {"open_image", "save_labels", "suggest"} <= set(turned_away)
