@@ -120,6 +120,7 @@ def test_the_client_gives_what_the_segmenter_gives(server, exported):
     from wsss_deploy.triton_client import TritonSegmenter
 
     address, asked = server
+    asked.clear()  # the server is the module's
     remote = TritonSegmenter(address, "roads")
     local = Segmenter(exported() / "model.onnx", device="cpu")
     assert remote.card == local.card
