@@ -287,8 +287,25 @@ def _problem(item: Any) -> str:
         return f"{where}: {item['msg'].removeprefix('Value error, ')}"  # of several values, which it names
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (found {item['input']!r})"
+    inside = list(item["input"]) if isinstance(item["input"], Mapping) else []
+    # A method's option may be another method's: the place where it stands is no answer.
+    if places := [place for place in _places([path[-1], *map(str, inside)]) if place != where]:
+        return f"{where}: unknown key; did you mean {' or '.join(map(repr, places))}?"
     known = _known_keys(item["loc"][:-1])
     return f"{where}: unknown key; {_nearest(path[-1], known)}"
+
+
+def _places(names: Sequence[str]) -> list[str]:
+    """Where the recipe has values of these very names: right names in a wrong section are a common mistake."""
+    sections = [""] + [name for name, field in Recipe.model_fields.items() if _models(field.annotation)]
+    # Every method has a name and every other choice a kind: these two tell nothing.
+    wanted = [name for name in names if name not in ("name", "kind")]
+    return [
+        f"{section}.{name}".removeprefix(".")
+        for name in wanted
+        for section in sections
+        if name in _known_keys([section] if section else [])
+    ]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -76,6 +76,24 @@ def test_unknown_keys_name_the_nearest_and_all_problems_come_at_once():
     assert len(caught.value.problems) == 5
 
 
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"iterations": 30}, "iterations: unknown key; did you mean 'optimisation.iterations'?"),
+        ({"training": {"batch_size": 2}}, "training: unknown key; did you mean 'optimisation.batch_size'?"),
+        ({"model": {"seed": 1}}, "model.seed: unknown key; did you mean 'seed' or 'simulation.seed'?"),
+        # Another method's option, where it would be that method's; and every method has a name.
+        ({"method": {"name": "partial_ce", "radius": 5}}, "method.radius: unknown key; did you mean 'spread'?"),
+        ({"model": {"name": "vit"}}, "model.name: unknown key; known: "),
+    ],
+)
+def test_a_known_key_in_a_wrong_section_is_told_its_place(values, hint):
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({"method": {"name": "gated_crf"}} | values)
+    (problem,) = caught.value.problems
+    assert hint in problem
+
+
 def test_an_unknown_method_names_the_known_ones():
     with pytest.raises(RecipeError, match="no method 'gated'; did you mean 'gated_crf'"):
         build_recipe({"method": {"name": "gated"}})
