@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from demo.asking import Place, outline, place_to_draw, with_strokes
 from demo.folder import KINDS, AnnotatedFolder, Color, Conflict, as_mapping, decode_runs, encode_runs, typed_classes
 from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE
 from wsss_deploy.card import IGNORE_INDEX
 from wsss_deploy.drawing import is_background
 from wsss_deploy.errors import ImageError, WsssError
-from wsss_deploy.refinement import STRONG, Refiner
 from wsss_deploy.segmentation import Segmentation
 from wsss_deploy.upsampling import best_class
 
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 #: Seconds that a suggestion may take; images that were not looked at by then wait for the next one.
 _SUGGESTION_SECONDS = 2.0
 _PREDICTIONS_KEPT = 8
-#: Score of the class that a stroke names, before it spreads along the image.
-_STROKE_SCORE = 0.98
 #: Requests that wait, for images as well as for predictions. Each holds one of the 40 threads that also serve the page.
 _WAITING = 8
 
@@ -84,6 +82,7 @@ class Annotating:
         self._models = models
         self._predictions: OrderedDict[tuple[str, str], Segmentation] = OrderedDict()
         self._uncertainty: dict[tuple[str, str], float] = {}
+        self._unsettled: dict[tuple[str, str], float] = {}  # what a further stroke could tell, as its strokes are
         self._unreadable: dict[str, int] = {}  # when the file was changed that could not be read
         self._lock = threading.Lock()
         # Apart from each other, so that nobody's strokes wait for a model.
@@ -166,6 +165,9 @@ class Annotating:
         name, kind = request.get("name"), request.get("kind")
         labels = decode_runs(request.get("runs"), self._folder.size(name))
         revision = self._folder.save_labels(name, kind, labels, request.get("revision"))
+        with self._lock:
+            for key in [key for key in self._unsettled if key[1] == name]:
+                del self._unsettled[key]
         return {"revision": revision, **self._progress()}
 
     def _save_tags(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +186,10 @@ class Annotating:
         return self._models.fitting(self._folder.classes)
 
     def _suggest(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The image without labels that the model is least sure of; without a model, the next one."""
+        """The image without labels that the model is least sure of; without a model, the next one.
+
+        Where all have labels, the one whose labels leave most to tell.
+        """
         names = self._folder.names
         current = request.get("name")
         start = names.index(current) + 1 if current in names else 0
@@ -202,9 +207,30 @@ class Annotating:
                     return {"name": name, "reason": "The next image without labels."}
                 known[name] = self._uncertainty[model, name]
         if not known:
-            return {"name": None, "reason": self._nothing_left(waiting)}
+            again = None if model is None else self._suggest_again(model, current, deadline)
+            return again or {"name": None, "reason": self._nothing_left(waiting)}
         best = max(known, key=known.__getitem__)
         reason = f"The model is least sure of it (mean confidence {1 - known[best]:.2f}, of {len(known)} looked at)."
+        return {"name": best, "reason": reason}
+
+    def _suggest_again(self, model: str, current: object, deadline: float) -> dict[str, Any] | None:
+        """Of the images with strokes, points or tags the one where a further stroke tells most; None if none does."""
+        names = self._folder.annotated()
+        ordered = [name for name in self._folder.names if name in names and name != current]
+        left: dict[str, float] = {}
+        for name in ordered:
+            if (model, name) in self._unsettled:
+                left[name] = self._unsettled[model, name]
+            elif time.monotonic() <= deadline and self._can_be_read(name, model):
+                try:
+                    self._place(model, name)
+                except WsssError:  # too large for strokes to be spread, or a label file that has to be repaired
+                    self._unsettled[model, name] = 0.0
+                left[name] = self._unsettled[model, name]
+        best = max(left, key=left.__getitem__, default=None)
+        if best is None or not left[best]:
+            return None
+        reason = f"It has labels; a further stroke in the marked place tells most (of {len(left)} images looked at)."
         return {"name": best, "reason": reason}
 
     def _can_be_read(self, name: str, model: str | None) -> bool:
@@ -240,15 +266,26 @@ class Annotating:
         model = self._model()
         if model is None:
             return {"image": None, "reason": "No model of these classes yet."}
-        result = self._scores(model, name)
-        scores = _with_strokes(result, [self._folder.labels(name, kind, result.mask.shape) for kind in reversed(KINDS)])
-        mask = best_class(scores, *_shown_size(result.mask.shape))[0]
+        scores, place, result = self._place(model, name)
+        size = _shown_size(result.mask.shape)
+        mask = best_class(scores, *size)[0]
         return {
             "image": _address(_tint(mask, self._folder.classes, self._folder.palette), "PNG"),
+            "place": None if place is None else _address(Image.fromarray(outline(place.area, size)), "PNG"),
             "model": model,
             "confidence": round(1 - self._uncertainty[model, name], 4),
             "milliseconds": round(sum(result.timing.values()), 1),
         }
+
+    def _place(self, model: str, name: str) -> tuple[npt.NDArray[np.float32], Place | None, Segmentation]:
+        """Scores with the strokes so far, where a further one tells most, and what the model alone makes of it."""
+        result = self._scores(model, name)
+        strokes = [self._folder.labels(name, kind, result.mask.shape) for kind in reversed(KINDS)]
+        scores = with_strokes(result, strokes)
+        place = place_to_draw(scores, np.any([labels != IGNORE_INDEX for labels in strokes], axis=0))
+        with self._lock:
+            self._unsettled[model, name] = 0.0 if place is None else float(place.area.mean()) * (1 - place.confidence)
+        return scores, place, result
 
     def _scores(self, model: str, name: str) -> Segmentation:
         key = (model, name)
@@ -271,29 +308,6 @@ def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: ob
     except Exception as error:
         logger.exception("the annotation page asked for something that failed")
         return {"error": f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.", "conflict": False}
-
-
-def _with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-    """The scores (C, h, w) after the strokes, later ones on top, were put in and spread along the image."""
-    if result.network_scores is None:
-        raise WsssError("this model cuts such large images into tiles; strokes cannot be spread along them")
-    scores = result.network_scores.copy()
-    count, height, width = scores.shape
-    drawn = False
-    for labels in strokes:
-        rows, columns = np.nonzero(labels != IGNORE_INDEX)
-        if not len(rows):
-            continue
-        drawn = True
-        values = labels[rows, columns]
-        down, across = rows * height // labels.shape[0], columns * width // labels.shape[1]
-        scores[:, down, across] = (1 - _STROKE_SCORE) / (count - 1)
-        scores[values, down, across] = _STROKE_SCORE
-    if not drawn:
-        return scores
-    small = np.asarray(Image.fromarray(result.image).resize((width, height), Image.Resampling.BILINEAR))
-    spread: npt.NDArray[np.float32] = Refiner(STRONG, threads=1)(scores[None], small[None])[0]
-    return spread
 
 
 def _tint(mask: npt.NDArray[np.uint8], classes: Sequence[str], palette: Sequence[Color]) -> Image.Image:

@@ -296,10 +296,14 @@ class AnnotatedFolder:
         """Images that have any label."""
         return self._labelled_in(_LABEL_FOLDERS)
 
+    def annotated(self) -> frozenset[str]:
+        """Images that have strokes, points or tags."""
+        return self._labelled_in(KINDS)
+
     def progress(self) -> Progress:
         """How far the annotation is."""
         done = len(self.labelled())
-        return Progress(done, len(self._images), done - len(self._labelled_in(KINDS)))
+        return Progress(done, len(self._images), done - len(self.annotated()))
 
     def _labelled_in(self, folders: Sequence[str]) -> frozenset[str]:
         """Images that have labels in one of these folders, tags, or listed points."""

@@ -6,7 +6,7 @@ const WIDTH_SIDE = 512;
 const RETRY_FIRST = 1000, RETRY_LAST = 15000; // milliseconds between attempts, each time twice as many
 const root = element.querySelector(".annotator");
 const find = (selector) => root.querySelector(selector);
-const stage = find(".stage"), photo = find(".photo"), prediction = find(".prediction"), cursor = find(".cursor");
+const stage = find(".stage"), photo = find(".photo"), prediction = find(".prediction"), asked = find(".place"), cursor = find(".cursor");
 const canvases = { scribbles: find("canvas.scribbles"), points: find("canvas.points") };
 let set = null; // folder, classes, names
 let image = null; // the open image, if it can be drawn on: name, size, labels, revisions, undo, and what is not saved
@@ -193,7 +193,7 @@ function showProblem(name, text) {
 }
 
 function clear() {
-  prediction.hidden = true;
+  prediction.hidden = asked.hidden = true;
   find(".about").textContent = "";
   say("");
   cursor.hidden = true;
@@ -414,20 +414,28 @@ function saveTags() {
 let predicting = false, again = false;
 async function predict() {
   prediction.style.opacity = find(".opacity").value;
-  if (!find(".show").checked || !image) { prediction.hidden = true; return; }
+  const shows = find(".show"), asks = find(".ask");
+  if (!(shows.checked || asks.checked) || !image) { prediction.hidden = asked.hidden = true; return; }
   if (predicting) { again = true; return; }
   predicting = true;
   do {
     again = false;
     const target = image, answer = target && await ask("predict", { name: target.name }, () => target === image);
     if (!target || target !== image) continue;
-    prediction.hidden = !answer.image || !find(".show").checked;
+    prediction.hidden = !answer.image || !shows.checked;
     if (answer.image) prediction.src = answer.image;
+    asked.hidden = !answer.place || !asks.checked;
+    if (answer.place) asked.src = answer.place;
     find(".about").textContent = answer.image
-      ? answer.model + ": mean confidence " + answer.confidence.toFixed(2) + ". Strokes spread along the image."
+      ? answer.model + ": mean confidence " + answer.confidence.toFixed(2) + ". Strokes spread along the image." + told(answer.place)
       : answer.error || answer.reason;
   } while (again);
   predicting = false;
+}
+
+function told(place) {
+  if (!find(".ask").checked) return "";
+  return place ? " A stroke inside the outline tells most." : " It is sure enough everywhere.";
 }
 
 async function suggest() {
@@ -501,7 +509,7 @@ find(".images").addEventListener("change", (event) => open(event.target.value));
 root.querySelectorAll("input[name=annotate-tool]").forEach((input) => input.addEventListener("change", finish));
 find(".radius").addEventListener("input", showWidth);
 find(".opacity").addEventListener("input", (event) => { prediction.style.opacity = event.target.value; });
-find(".show").addEventListener("change", predict);
+for (const box of [".show", ".ask"]) find(box).addEventListener("change", predict);
 let warned = null; // the class names that the page has warned of
 function warn(text, warning) {
   warned = text;
@@ -538,6 +546,7 @@ function key(event) {
     b: () => setTool("brush"), p: () => setTool("point"), e: () => setTool("eraser"), z: undo,
     n: suggest, ",": () => step(-1), ".": () => step(1),
     v: () => { find(".show").click(); },
+    u: () => { find(".ask").click(); },
     "[": () => { find(".radius").value = radius() - 1; showWidth(); },
     "]": () => { find(".radius").value = radius() + 1; showWidth(); },
   };

@@ -169,6 +169,47 @@ def test_keyboard_only(annotate_address, folder, visit):
     annotator.wait_for("photo3")
 
 
+def test_the_least_sure_place_is_marked(tmp_path, color_segmenter, serve, visit):
+    root = tmp_path / "doubtful"
+    (root / "images").mkdir(parents=True)
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image[..., 1] = 255
+    image[20:44, 80:104] = 90  # all three colours, hence classes, are as likely
+    Image.fromarray(image).save(root / "images" / "photo.png")
+    (root / "classes.txt").write_text("\n".join(color_segmenter.card.classes) + "\n")
+    with serve(color_segmenter, data=root) as url:
+        annotator = Annotator(visit(url))
+        page, place = annotator.page, annotator.page.locator("#annotate .place")
+        annotator.wait_for("photo")
+        about = page.locator("#annotate .about")
+        about.get_by_text("inside the outline").wait_for()
+        assert place.is_visible()
+        drawn = page.evaluate(
+            """() => {
+                const image = document.querySelector("#annotate .place"), canvas = document.createElement("canvas");
+                [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+                const context = canvas.getContext("2d");
+                context.drawImage(image, 0, 0);
+                const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
+                return Array.from(data).filter((_, at) => at % 4 === 3);
+            }"""
+        )
+        rows, columns = np.nonzero(np.reshape(drawn, (HEIGHT, WIDTH)))
+        around = (rows.min(), rows.max(), columns.min(), columns.max())
+        np.testing.assert_allclose(around, (20, 43, 80, 103), atol=8)
+
+        page.locator("#annotate .stage").focus()
+        page.keyboard.press("u")
+        place.wait_for(state="hidden")
+        page.keyboard.press("u")
+        place.wait_for()
+
+        for y in (24, 32, 40):
+            annotator.stroke((82, y), (102, y))
+        about.get_by_text("sure enough everywhere").wait_for()
+        assert not place.is_visible()
+
+
 def test_two_people_at_one_image(annotate_address, folder, visit):
     (folder / "classes.txt").write_text("background\nbox\n")
     pair = [Annotator(visit(annotate_address)) for _ in range(2)]

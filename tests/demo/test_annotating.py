@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from demo.annotating import Annotating
-from demo.folder import AnnotatedFolder, Conflict, typed_classes
+from demo.folder import AnnotatedFolder, Conflict, encode_runs, typed_classes
 from demo.registry import Models
 from training.data.dataset import open_dataset
 from wsss_deploy.errors import DataError, ImageError
@@ -130,6 +130,54 @@ def test_suggestions_pass_over_what_cannot_be_read(data, color_segmenter, with_m
     assert "2 without cannot be read" in answer["reason"]
     add_image(data, "b.png")  # repaired
     assert suggest({"name": "c"})["name"] == "b"
+
+
+@pytest.fixture
+def doubtful(data, color_segmenter):
+    """Images with strokes: a and b hold a grey part that a model of colours cannot tell, b's is larger; c does not."""
+    (data / "classes.txt").write_text("\n".join(color_segmenter.card.classes) + "\n")
+    for name, grey in (("a", 8), ("b", 16), ("c", 0)):
+        image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        image[..., 1] = 255
+        image[:, WIDTH - grey :] = 90
+        Image.fromarray(image).save(data / "images" / f"{name}.png")
+        labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        labels[5, 1:3] = 1
+        Image.fromarray(labels).save(data / "scribbles" / f"{name}.png")
+    return functions(AnnotatedFolder(data), Models(color_segmenter))
+
+
+def test_where_all_have_labels_further_strokes_are_asked_for(doubtful):
+    assert doubtful["suggest"]({"name": None})["name"] == "b"
+    answer = doubtful["suggest"]({"name": "b"})
+    assert answer["name"] == "a"
+    assert "marked place" in answer["reason"]
+    assert doubtful["predict"]({"name": "b"})["place"].startswith("data:image/png")
+    assert doubtful["predict"]({"name": "c"})["place"] is None
+
+
+def test_what_was_answered_is_not_asked_again(doubtful):
+    assert doubtful["suggest"]({"name": "c"})["name"] == "b"
+    opened = doubtful["open_image"]({"name": "b"})
+    labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    labels[:, WIDTH - 16 :] = 2
+    request = {
+        "name": "b",
+        "kind": "scribbles",
+        "runs": encode_runs(labels),
+        "revision": opened["revisions"]["scribbles"],
+    }
+    assert "error" not in doubtful["save_labels"](request)
+    assert doubtful["predict"]({"name": "b"})["place"] is None
+    assert doubtful["suggest"]({"name": "c"})["name"] == "a"
+    answer = doubtful["suggest"]({"name": "a"})
+    assert answer["name"] is None
+    assert answer["reason"] == "Every image has labels."
+
+
+def test_labels_that_cannot_be_read_do_not_stop_suggestions(data, doubtful):
+    (data / "scribbles" / "b.png").write_bytes(b"no image")
+    assert doubtful["suggest"]({"name": "c"})["name"] == "a"
 
 
 def test_images_with_masks_only_are_told_apart(data):
