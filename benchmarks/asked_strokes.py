@@ -1,13 +1,13 @@
-"""Further strokes where the model asks for them, against as many elsewhere: what a second round of annotation brings.
+"""Further strokes where the model asks for them, against as many pixels anywhere: what a second round brings.
 
     python -m benchmarks.asked_strokes --shared SHARED --out runs --seeds 0 1 2 --strokes 1 3 \
         --kept benchmarks/results/runs.json
 
-For every seed: the default is trained on simulated scribbles of voc_animals; of every training image its model names
-the place that it is least sure of (`demo.asking`, the strokes so far spread along the image), as the annotation page
-does; the truth there, but for classes on less than a quarter of the place, is stroked through and its strokes spread
-before the next place is asked for; the default is trained anew on all strokes. Beside it, places of the same size
-anywhere without a label. Masks enter through these answers alone.
+For every seed: the default is trained on simulated scribbles of a set; of every training image its model names the
+place that it is least sure of, the strokes so far spread along the image, as the annotation page does (`demo.asking`;
+without the card's refinement, which was chosen on val); the truth there, but for classes on less than a quarter of the
+place, is stroked through before the next place is asked for; the default is trained anew on all strokes. Beside it,
+places of the same size anywhere without a label, until as many pixels have one. Masks enter through the answers alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.real_data import SETTINGS, Setting, add_kept, read_kept, run, run_options
+from benchmarks.real_data import SETTINGS, Setting, add_kept, read_kept, record_name, run, run_options
 from demo.asking import place_to_draw, with_strokes
 from training.data.dataset import open_dataset
 from training.data.simulated import SimulatedSource
@@ -33,11 +33,13 @@ from wsss_deploy import Segmenter
 from wsss_deploy.card import IGNORE_INDEX, palette_bytes
 from wsss_deploy.segmentation import Segmentation
 
-DATA = "voc_animals"
 #: Part of a place that a class has to take for a stroke of its own.
 _PART = 0.25
+#: Places anywhere that an image gets at most.
+_ATTEMPTS = 30
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
-TWIN, DEFAULT = "voc-masks", "voc-scribbles-default"
+#: What can be trained anew; the first round is the default of the same set.
+AGAIN = ("voc-scribbles-default", "voc-scribbles-walk-fine", "camvid-scribbles-default")
 
 Labels = NDArray[np.uint8]
 
@@ -73,27 +75,42 @@ def anywhere(labelled: NDArray[np.bool_], like: NDArray[np.bool_], rng: np.rando
 def one_image(
     result: Segmentation, given: Labels, truth: Labels, strokes: int, at_random: bool, rng: np.random.Generator
 ) -> tuple[Labels, list[tuple[int, int]]]:
-    """Labels with further strokes; of each of these how many pixels it has, and how many the model had wrong."""
-    labels, tally = given.copy(), []
-    for _ in range(strokes):
-        scores = with_strokes(result, [labels])
-        place = place_to_draw(scores, labels != IGNORE_INDEX)
-        if place is None:
-            break
-        area = anywhere(labels != IGNORE_INDEX, place.area, rng) if at_random else place.area
+    """Labels with further strokes; of each place how many pixels got a label, and how many the model had wrong.
+
+    A place whose truth is unknown, or of many classes, stays without.
+    """
+    labels, tally, areas = given.copy(), [], []
+
+    def draw(area: NDArray[np.bool_]) -> None:
         drawn = answered(truth, area, rng)
         new = (drawn != IGNORE_INDEX) & (labels == IGNORE_INDEX)
         tally.append((int(new.sum()), int((result.mask != drawn)[new].sum())))
+        areas.append(area)
         labels[new] = drawn[new]
+
+    for _ in range(strokes):
+        place = place_to_draw(with_strokes(result, [labels]), labels != IGNORE_INDEX)
+        if place is None:
+            break
+        draw(place.area)
+    if not at_random:
+        return labels, tally
+    enough, asked = sum(pixels for pixels, _ in tally), areas.copy()
+    labels[:] = given
+    tally.clear()
+    # Strokes through round places are shorter than those through long ones, so that more of them are drawn.
+    for attempt in range(_ATTEMPTS):
+        if sum(pixels for pixels, _ in tally) >= enough:
+            break
+        draw(anywhere(labels != IGNORE_INDEX, asked[attempt % len(asked)], rng))
     return labels, tally
 
 
-def write_copy(shared: Path, copy: Path, model: Path, strokes: int, at_random: bool) -> dict[str, float]:
+def write_copy(data: Path, copy: Path, model: Path, strokes: int, at_random: bool) -> dict[str, float]:
     """A copy of the set with scribbles of its training images: simulated ones and the further ones."""
     record = copy / "asked.json"
     if record.is_file():
         return dict(json.loads(record.read_text()))
-    data = shared / "data" / DATA
     source = SimulatedSource(open_dataset(data), "scribbles", 0)
     partial = copy.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +128,8 @@ def write_copy(shared: Path, copy: Path, model: Path, strokes: int, at_random: b
         image = Image.fromarray(labels, "P")
         image.putpalette(palette_bytes(source.palette))
         image.save(partial / "scribbles" / f"{name}.png")
+    if not tallies:
+        raise SystemExit(f"{model} asks for no stroke in any image")
     pixels, wrong = np.array(tallies).sum(axis=0)
     found = {
         "places": len(tallies) / len(names),
@@ -122,22 +141,27 @@ def write_copy(shared: Path, copy: Path, model: Path, strokes: int, at_random: b
     return found
 
 
+def _set(setting: Setting) -> str:
+    return setting.name.split("-")[0]
+
+
 def trained_anew(setting: Setting, way: str, strokes: int, seed: int, options: argparse.Namespace) -> dict:
     """The record of a run on all strokes, with what `write_copy` tells of the further ones."""
     name = f"{setting.name}-{way}-{strokes}"
-    kept = read_kept(options.kept).get(f"{name}-{seed}")
+    kept = read_kept(options.kept).get(record_name(name, seed, options))
     if kept is not None:
         return kept
     # The first round's model is needed, not just its record.
     here = argparse.Namespace(**vars(options) | {"kept": None, "keep": False})
-    run(_BY_NAME[DEFAULT], seed, here)
-    copy = (options.out / f"{DATA}-{way}-{strokes}-{seed}").resolve()
-    model = options.out / f"{DEFAULT}-{seed}" / "model.pt"
-    asked = write_copy(options.shared, copy, model, strokes, way == "random")
+    first = f"{_set(setting)}-scribbles-default"
+    run(_BY_NAME[first], seed, here)
+    copy = (options.out / f"{setting.data}-{way}-{strokes}-{seed}").resolve()
+    model = options.out / f"{first}-{seed}" / "model.pt"
+    asked = write_copy(options.shared / "data" / setting.data, copy, model, strokes, way == "random")
     again = Setting(name, str(copy), setting.supervision, setting.method, extra=setting.extra)
     record = run(again, seed, here) | {"asked": asked}
     if options.keep:
-        add_kept(options.kept, f"{name}-{seed}", record)
+        add_kept(options.kept, record_name(name, seed, options), record)
     return record
 
 
@@ -164,9 +188,7 @@ def line(title: str, runs: list[dict], twin: list[float], base: list[float]) -> 
 def main() -> int:
     parser = run_options(__doc__)
     parser.add_argument("--strokes", nargs="*", type=int, default=[1, 3], help="places asked for in an image")
-    parser.add_argument(
-        "--setting", default=DEFAULT, choices=(DEFAULT, "voc-scribbles-walk-fine"), help="what is trained anew"
-    )
+    parser.add_argument("--setting", default=AGAIN[0], choices=AGAIN, help="what is trained anew")
     parser.add_argument("--ways", nargs="*", choices=("asked", "random"), default=["asked", "random"])
     options = parser.parse_args()
     if options.keep and not options.kept:
@@ -177,7 +199,10 @@ def main() -> int:
         for strokes in options.strokes
         for way in options.ways
     }
-    rounds = [[run(_BY_NAME[name], seed, options) for seed in options.seeds] for name in (TWIN, options.setting)]
+    rounds = [
+        [run(_BY_NAME[name], seed, options) for seed in options.seeds]
+        for name in (f"{_set(setting)}-masks", setting.name)
+    ]
     twin, base = ([record["evaluation"]["miou"] for record in records] for records in rounds)
     print(
         "| | places an image | pixels with a label | of these the model had wrong | by seed | mIoU | of twin | gain |"
@@ -190,7 +215,7 @@ def main() -> int:
         print(line(f"{strokes} further {'place' if strokes == 1 else 'places'}, {where}", runs, twin, base))
     first = next(iter(found.values()))[0]
     print(
-        f"\nProtocol: {DATA}, simulated scribbles, further strokes through the truth at "
+        f"\nProtocol: {setting.data}, simulated scribbles, further strokes through the truth at "
         f"places chosen by the default's model of the same seed; ViT-Tiny (supervised ImageNet weights), "
         f"{options.iterations} iterations, crop {options.size}, val split at native size, network at "
         f"{first['evaluation']['protocol']['resolution']}, one scale, no flip, no CRF, no tags at test time, the last "

@@ -186,11 +186,9 @@ NO_CLAIM = (
 
 def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     """Train one setting with one seed, or read the finished run."""
-    name = f"{setting.name}-{seed}"
-    folder = options.out / name
+    folder = options.out / f"{setting.name}-{seed}"
     record = folder / "run.json"
-    if (options.iterations, options.size) != (ITERATIONS, SIZE):
-        name += f" of {options.iterations} iterations at {options.size} px"
+    name = record_name(setting.name, seed, options)
     if options.keep and not options.kept:
         raise SystemExit("--keep needs --kept FILE, to which the records are added")
     kept = read_kept(options.kept)
@@ -211,6 +209,14 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
     if options.keep:
         add_kept(options.kept, name, found)
     return found
+
+
+def record_name(setting: str, seed: int, options: argparse.Namespace) -> str:
+    """Under which the record of a run is kept."""
+    name = f"{setting}-{seed}"
+    if (options.iterations, options.size) != (ITERATIONS, SIZE):
+        name += f" of {options.iterations} iterations at {options.size} px"
+    return name
 
 
 def add_kept(file: Path, name: str, record: dict) -> None:

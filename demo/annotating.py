@@ -17,7 +17,17 @@ import numpy.typing as npt
 from PIL import Image
 
 from demo.asking import Place, outline, place_to_draw, with_strokes
-from demo.folder import KINDS, AnnotatedFolder, Color, Conflict, as_mapping, decode_runs, encode_runs, typed_classes
+from demo.folder import (
+    KINDS,
+    AnnotatedFolder,
+    Color,
+    Conflict,
+    Stamp,
+    as_mapping,
+    decode_runs,
+    encode_runs,
+    typed_classes,
+)
 from demo.registry import Models
 from demo.segmenting import SHOWN_SIDE
 from wsss_deploy.card import IGNORE_INDEX
@@ -31,6 +41,7 @@ logger = logging.getLogger(__name__)
 #: Seconds that a suggestion may take; images that were not looked at by then wait for the next one.
 _SUGGESTION_SECONDS = 2.0
 _PREDICTIONS_KEPT = 8
+_LATE = "Nothing was found in time; ask again."
 #: Requests that wait, for images as well as for predictions. Each holds one of the 40 threads that also serve the page.
 _WAITING = 8
 
@@ -82,7 +93,9 @@ class Annotating:
         self._models = models
         self._predictions: OrderedDict[tuple[str, str], Segmentation] = OrderedDict()
         self._uncertainty: dict[tuple[str, str], float] = {}
-        self._unsettled: dict[tuple[str, str], float] = {}  # what a further stroke could tell, as its strokes are
+        # How unsure the model is of a place, for labels as they were then; and what was suggested for it.
+        self._unsettled: dict[tuple[str, str], tuple[Stamp, float]] = {}
+        self._suggested: dict[tuple[str, str], Stamp] = {}
         self._unreadable: dict[str, int] = {}  # when the file was changed that could not be read
         self._lock = threading.Lock()
         # Apart from each other, so that nobody's strokes wait for a model.
@@ -165,9 +178,6 @@ class Annotating:
         name, kind = request.get("name"), request.get("kind")
         labels = decode_runs(request.get("runs"), self._folder.size(name))
         revision = self._folder.save_labels(name, kind, labels, request.get("revision"))
-        with self._lock:
-            for key in [key for key in self._unsettled if key[1] == name]:
-                del self._unsettled[key]
         return {"revision": revision, **self._progress()}
 
     def _save_tags(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +198,7 @@ class Annotating:
     def _suggest(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The image without labels that the model is least sure of; without a model, the next one.
 
-        Where all have labels, the one whose labels leave most to tell.
+        Where all have labels, see `_suggest_again`.
         """
         names = self._folder.names
         current = request.get("name")
@@ -214,23 +224,30 @@ class Annotating:
         return {"name": best, "reason": reason}
 
     def _suggest_again(self, model: str, current: object, deadline: float) -> dict[str, Any] | None:
-        """Of the images with strokes, points or tags the one where a further stroke tells most; None if none does."""
-        names = self._folder.annotated()
-        ordered = [name for name in self._folder.names if name in names and name != current]
-        left: dict[str, float] = {}
-        for name in ordered:
-            if (model, name) in self._unsettled:
-                left[name] = self._unsettled[model, name]
-            elif time.monotonic() <= deadline and self._can_be_read(name, model):
+        """Of the images with strokes or points the one with the largest and least sure place.
+
+        None where there is none but what was suggested already and has the same labels still.
+        """
+        drawn, left, late = self._folder.drawn(), dict[str, float](), False
+        for name in self._folder.names:
+            stamp = self._folder.stamp(name)
+            if name not in drawn or name == current or self._suggested.get((model, name)) == stamp:
+                continue
+            known = self._unsettled.get((model, name))
+            if known is not None and known[0] == stamp:
+                left[name] = known[1]
+            elif time.monotonic() > deadline:
+                late = True
+            elif self._can_be_read(name, model):
                 try:
-                    self._place(model, name)
+                    left[name] = self._place(model, name)[-1]
                 except WsssError:  # too large for strokes to be spread, or a label file that has to be repaired
-                    self._unsettled[model, name] = 0.0
-                left[name] = self._unsettled[model, name]
+                    left[name] = 0.0
         best = max(left, key=left.__getitem__, default=None)
         if best is None or not left[best]:
-            return None
-        reason = f"It has labels; a further stroke in the marked place tells most (of {len(left)} images looked at)."
+            return {"name": None, "reason": _LATE} if late else None
+        self._suggested[model, best] = self._folder.stamp(best)
+        reason = f"It has labels; the model is least sure of a part of it ({len(left)} looked at)."
         return {"name": best, "reason": reason}
 
     def _can_be_read(self, name: str, model: str | None) -> bool:
@@ -258,7 +275,7 @@ class Annotating:
             return "Every image has labels" + (f", {by_masks} of them by masks only." if by_masks else ".")
         if all(name in self._unreadable for name in waiting):
             return f"Every other image has labels; {len(waiting)} without cannot be read."
-        return "Nothing was found in time; ask again."
+        return _LATE
 
     def _predict(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What the model sees, with the strokes so far spread along the image."""
@@ -266,26 +283,27 @@ class Annotating:
         model = self._model()
         if model is None:
             return {"image": None, "reason": "No model of these classes yet."}
-        scores, place, result = self._place(model, name)
-        size = _shown_size(result.mask.shape)
-        mask = best_class(scores, *size)[0]
+        result = self._scores(model, name)
+        scores, place, _ = self._place(model, name)
+        mask = best_class(scores, *_shown_size(result.mask.shape))[0]
         return {
             "image": _address(_tint(mask, self._folder.classes, self._folder.palette), "PNG"),
-            "place": None if place is None else _address(Image.fromarray(outline(place.area, size)), "PNG"),
+            "place": None if place is None else _marked(place, result.mask.shape),
             "model": model,
             "confidence": round(1 - self._uncertainty[model, name], 4),
             "milliseconds": round(sum(result.timing.values()), 1),
         }
 
-    def _place(self, model: str, name: str) -> tuple[npt.NDArray[np.float32], Place | None, Segmentation]:
-        """Scores with the strokes so far, where a further one tells most, and what the model alone makes of it."""
+    def _place(self, model: str, name: str) -> tuple[npt.NDArray[np.float32], Place | None, float]:
+        """Scores with the strokes so far, what they are least sure of, and how much that is of the image."""
         result = self._scores(model, name)
+        stamp = self._folder.stamp(name)  # before they are read: what is saved meanwhile is looked at anew
         strokes = [self._folder.labels(name, kind, result.mask.shape) for kind in reversed(KINDS)]
         scores = with_strokes(result, strokes)
         place = place_to_draw(scores, np.any([labels != IGNORE_INDEX for labels in strokes], axis=0))
-        with self._lock:
-            self._unsettled[model, name] = 0.0 if place is None else float(place.area.mean()) * (1 - place.confidence)
-        return scores, place, result
+        unsure = 0.0 if place is None else float(place.area.mean()) * (1 - place.confidence)
+        self._unsettled[model, name] = (stamp, unsure)
+        return scores, place, unsure
 
     def _scores(self, model: str, name: str) -> Segmentation:
         key = (model, name)
@@ -308,6 +326,11 @@ def _answer(function: Callable[[Mapping[str, Any]], dict[str, Any]], request: ob
     except Exception as error:
         logger.exception("the annotation page asked for something that failed")
         return {"error": f"Unexpected {type(error).__name__}; the terminal of wsss-demo shows more.", "conflict": False}
+
+
+def _marked(place: Place, shape: tuple[int, int]) -> dict[str, Any]:
+    """The outline of a place, and its middle as parts of height and width."""
+    return {"image": _address(Image.fromarray(outline(place.area, shape)), "PNG"), "center": list(place.center)}
 
 
 def _tint(mask: npt.NDArray[np.uint8], classes: Sequence[str], palette: Sequence[Color]) -> Image.Image:

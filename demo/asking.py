@@ -1,4 +1,4 @@
-"""Where on an image a further stroke tells most: the place that the model is least sure of, strokes so far included."""
+"""Where on an image a further stroke is asked for: what the model is least sure of, with the strokes so far."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _CELLS = 96
 _SMOOTHING = 2.0
 #: Cells around a label that are not asked about again.
 _AROUND = 3
+#: Of the picture of an outline: pixels of its longer side, and of its line.
+_OUTLINE_SIDE, _OUTLINE_WIDTH = 800, 4
 #: Mean uncertainty (1 - confidence) about a place from which on it is worth asking.
 _LEAST = 0.15
 
@@ -56,18 +58,16 @@ def with_strokes(result: Segmentation, strokes: list[npt.NDArray[np.uint8]]) -> 
         raise WsssError("this model cuts such large images into tiles; strokes cannot be spread along them")
     scores = result.network_scores.copy()
     count, height, width = scores.shape
-    drawn = False
+    # One label a cell first: writing every pixel's scores would take seconds where a photograph is full of labels.
+    cells = np.full((height, width), IGNORE_INDEX, np.uint8)
     for labels in strokes:
         rows, columns = np.nonzero(labels != IGNORE_INDEX)
-        if not len(rows):
-            continue
-        drawn = True
-        values = labels[rows, columns]
-        down, across = rows * height // labels.shape[0], columns * width // labels.shape[1]
-        scores[:, down, across] = (1 - _STROKE_SCORE) / (count - 1)
-        scores[values, down, across] = _STROKE_SCORE
-    if not drawn:
+        cells[rows * height // labels.shape[0], columns * width // labels.shape[1]] = labels[rows, columns]
+    down, across = np.nonzero(cells != IGNORE_INDEX)
+    if not len(down):
         return scores
+    scores[:, down, across] = (1 - _STROKE_SCORE) / (count - 1)
+    scores[cells[down, across], down, across] = _STROKE_SCORE
     small = np.asarray(Image.fromarray(result.image).resize((width, height), Image.Resampling.BILINEAR))
     spread: npt.NDArray[np.float32] = Refiner(STRONG, threads=1)(scores[None], small[None])[0]
     return spread
@@ -103,21 +103,28 @@ def place_to_draw(scores: npt.NDArray[np.float32], labelled: npt.NDArray[np.bool
     return Place(area, center, float(1 - cells[area].mean()))
 
 
-def outline(area: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def outline(area: npt.NDArray[np.bool_], shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """A line around a place, white between black, on nothing.
 
     Args:
         area: See `Place`.
-        size: Height and width of the picture.
+        shape: Height and width of the image.
 
     Returns:
-        RGBA, uint8 (height, width, 4).
+        RGBA, uint8 (height, width, 4) of the image's proportions, 800 pixels along the longer side whatever the image
+        has, so that the line is as wide for all.
     """
-    drawn = Image.fromarray(area.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.BILINEAR)
-    inside = np.asarray(drawn) > 127
-    picture = np.zeros((*size, 4), np.uint8)
-    for width, color in ((4, (0, 0, 0, 255)), (3, (255, 255, 255, 255)), (1, (0, 0, 0, 255)), (0, (0, 0, 0, 0))):
-        picture[_dilated(inside, width)] = color
+    scale = _OUTLINE_SIDE / max(shape)
+    height, width = (max(_OUTLINE_WIDTH * 2 + 1, round(side * scale)) for side in shape)
+    drawn = Image.fromarray(area.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    inside = np.zeros((height, width), bool)
+    # Where the place ends with the image its line still lies on the image.
+    within = slice(_OUTLINE_WIDTH, -_OUTLINE_WIDTH)
+    inside[within, within] = np.asarray(drawn)[within, within] > 127
+    picture = np.zeros((height, width, 4), np.uint8)
+    black, white, nothing = (0, 0, 0, 255), (255, 255, 255, 255), (0, 0, 0, 0)
+    for reach, color in ((_OUTLINE_WIDTH, black), (_OUTLINE_WIDTH - 1, white), (1, black), (0, nothing)):
+        picture[_dilated(inside, reach)] = color
     return picture
 
 

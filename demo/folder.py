@@ -35,6 +35,7 @@ _LABEL_FOLDERS = ("masks", *KINDS)
 
 Labels = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
+Stamp = tuple[int | None, ...]
 Read = TypeVar("Read")
 
 
@@ -253,6 +254,16 @@ class AnnotatedFolder:
         """What tells these labels from others."""
         return _revision(labels)
 
+    def stamp(self, name: str) -> Stamp:
+        """When the files that hold strokes and points of an image were changed, None where there is none."""
+        found: list[int | None] = []
+        for file in (*(self._label_file(name, kind) for kind in KINDS), self.root / "points.json"):
+            try:
+                found.append(file.stat().st_mtime_ns)
+            except OSError:
+                found.append(None)
+        return tuple(found)
+
     def tags(self, name: str) -> list[int]:
         """Class ids that are ticked for an image."""
         classes = self.classes
@@ -296,19 +307,21 @@ class AnnotatedFolder:
         """Images that have any label."""
         return self._labelled_in(_LABEL_FOLDERS)
 
-    def annotated(self) -> frozenset[str]:
-        """Images that have strokes, points or tags."""
-        return self._labelled_in(KINDS)
+    def drawn(self) -> frozenset[str]:
+        """Images that have strokes or points."""
+        return self._labelled_in(KINDS, ("points.json",))
 
     def progress(self) -> Progress:
         """How far the annotation is."""
         done = len(self.labelled())
-        return Progress(done, len(self._images), done - len(self.annotated()))
+        return Progress(done, len(self._images), done - len(self._labelled_in(KINDS)))
 
-    def _labelled_in(self, folders: Sequence[str]) -> frozenset[str]:
-        """Images that have labels in one of these folders, tags, or listed points."""
+    def _labelled_in(
+        self, folders: Sequence[str], files: Sequence[str] = ("tags.json", "points.json")
+    ) -> frozenset[str]:
+        """Images that have labels in one of these folders or lists."""
         found = {path.stem for folder in folders for path in (self.root / folder).glob("*.png")}
-        for file in ("tags.json", "points.json"):
+        for file in files:
             found.update(image_name(entry, self._images) for entry in self._json(file))
         return frozenset(found & self._images.keys())
 

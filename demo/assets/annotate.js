@@ -12,6 +12,7 @@ let set = null; // folder, classes, names
 let image = null; // the open image, if it can be drawn on: name, size, labels, revisions, undo, and what is not saved
 let wanted = null; // name of the image that is open, is being opened, or cannot be read
 let shape = [4, 3]; // width and height of what the stage shows
+let doubt = null; // middle of what the model is least sure of, if that is shown
 let selected = 0, stroke = null, opening = 0, note = "";
 const unsaved = new Map(); // images by name, also those that were left, until everything of them is on the disk
 const pause = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
@@ -194,6 +195,7 @@ function showProblem(name, text) {
 
 function clear() {
   prediction.hidden = asked.hidden = true;
+  showDoubt(undefined);
   find(".about").textContent = "";
   say("");
   cursor.hidden = true;
@@ -415,7 +417,9 @@ let predicting = false, again = false;
 async function predict() {
   prediction.style.opacity = find(".opacity").value;
   const shows = find(".show"), asks = find(".ask");
-  if (!(shows.checked || asks.checked) || !image) { prediction.hidden = asked.hidden = true; return; }
+  if (!shows.checked || !image) prediction.hidden = true;
+  if (!asks.checked || !image) { asked.hidden = true; showDoubt(undefined); }
+  if (!(shows.checked || asks.checked) || !image) return;
   if (predicting) { again = true; return; }
   predicting = true;
   do {
@@ -425,17 +429,31 @@ async function predict() {
     prediction.hidden = !answer.image || !shows.checked;
     if (answer.image) prediction.src = answer.image;
     asked.hidden = !answer.place || !asks.checked;
-    if (answer.place) asked.src = answer.place;
+    if (answer.place) asked.src = answer.place.image;
+    showDoubt(asks.checked && answer.image ? answer.place : undefined);
     find(".about").textContent = answer.image
-      ? answer.model + ": mean confidence " + answer.confidence.toFixed(2) + ". Strokes spread along the image." + told(answer.place)
+      ? answer.model + ": mean confidence " + answer.confidence.toFixed(2) + ". Strokes spread along the image."
       : answer.error || answer.reason;
   } while (again);
   predicting = false;
 }
 
-function told(place) {
-  if (!find(".ask").checked) return "";
-  return place ? " A stroke inside the outline tells most." : " It is sure enough everywhere.";
+// Null: the model is sure enough; undefined: nothing is known.
+function showDoubt(found) {
+  doubt = found ? found.center : null;
+  find("[data-do=go]").disabled = !doubt;
+  const percent = (part) => Math.round(100 * part) + " %";
+  find(".least").textContent = doubt
+    ? "Least sure inside the outline, " + percent(doubt[1]) + " across and " + percent(doubt[0]) + " down."
+    : found === null ? "The model is sure enough wherever no stroke is near." : "";
+}
+
+function go() {
+  if (!image || !doubt) return;
+  finish();
+  stage.focus();
+  cursor.at = [Math.floor(doubt[1] * image.width), Math.floor(doubt[0] * image.height)];
+  showCursor();
 }
 
 async function suggest() {
@@ -495,12 +513,16 @@ function moveCursor(dx, dy, large) {
   const by = Math.max(1, Math.round(image.width / (large ? 16 : 64)));
   cursor.at = [Math.min(image.width - 1, Math.max(0, cursor.at[0] + dx * by)),
     Math.min(image.height - 1, Math.max(0, cursor.at[1] + dy * by))];
+  showCursor();
+}
+
+function showCursor() {
   cursor.hidden = false;
   cursor.style.left = 100 * (cursor.at[0] + 0.5) / image.width + "%";
   cursor.style.top = 100 * (cursor.at[1] + 0.5) / image.height + "%";
 }
 
-const actions = { previous: () => step(-1), next: () => step(1), suggest, undo };
+const actions = { previous: () => step(-1), next: () => step(1), suggest, undo, go };
 root.addEventListener("click", (event) => {
   const button = event.target.closest("[data-do]");
   if (button && wanted !== null) actions[button.dataset.do]();
@@ -547,6 +569,7 @@ function key(event) {
     n: suggest, ",": () => step(-1), ".": () => step(1),
     v: () => { find(".show").click(); },
     u: () => { find(".ask").click(); },
+    g: go,
     "[": () => { find(".radius").value = radius() - 1; showWidth(); },
     "]": () => { find(".radius").value = radius() + 1; showWidth(); },
   };

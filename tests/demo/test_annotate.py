@@ -181,8 +181,8 @@ def test_the_least_sure_place_is_marked(tmp_path, color_segmenter, serve, visit)
         annotator = Annotator(visit(url))
         page, place = annotator.page, annotator.page.locator("#annotate .place")
         annotator.wait_for("photo")
-        about = page.locator("#annotate .about")
-        about.get_by_text("inside the outline").wait_for()
+        least = page.locator("#annotate .least")
+        least.get_by_text("inside the outline").wait_for()
         assert place.is_visible()
         drawn = page.evaluate(
             """() => {
@@ -194,20 +194,33 @@ def test_the_least_sure_place_is_marked(tmp_path, color_segmenter, serve, visit)
                 return Array.from(data).filter((_, at) => at % 4 === 3);
             }"""
         )
-        rows, columns = np.nonzero(np.reshape(drawn, (HEIGHT, WIDTH)))
-        around = (rows.min(), rows.max(), columns.min(), columns.max())
+        rows, columns = np.nonzero(np.reshape(drawn, (800 * HEIGHT // WIDTH, 800)))
+        around = np.array([rows.min(), rows.max(), columns.min(), columns.max()]) * WIDTH / 800
         np.testing.assert_allclose(around, (20, 43, 80, 103), atol=8)
 
         page.locator("#annotate .stage").focus()
+        page.keyboard.press("v")  # it is told and marked without the prediction, too
         page.keyboard.press("u")
         place.wait_for(state="hidden")
+        assert least.inner_text() == ""
         page.keyboard.press("u")
         place.wait_for()
+        assert not page.locator("#annotate .prediction").is_visible()
+
+        # With the keyboard: the cursor goes there and draws.
+        page.keyboard.press("1")
+        page.keyboard.press("g")
+        page.keyboard.press("Enter")
+        annotator.saved()
+        drawn = np.argwhere(labels(root / "scribbles" / "photo.png") != 255)
+        assert (drawn.min(axis=0) >= (20 - 4, 80 - 4)).all()
+        assert (drawn.max(axis=0) < (44 + 4, 104 + 4)).all()
 
         for y in (24, 32, 40):
             annotator.stroke((82, y), (102, y))
-        about.get_by_text("sure enough everywhere").wait_for()
+        least.get_by_text("sure enough").wait_for()
         assert not place.is_visible()
+        assert page.locator("#annotate [data-do=go]").is_disabled()
 
 
 def test_two_people_at_one_image(annotate_address, folder, visit):

@@ -134,7 +134,7 @@ def test_suggestions_pass_over_what_cannot_be_read(data, color_segmenter, with_m
 
 @pytest.fixture
 def doubtful(data, color_segmenter):
-    """Images with strokes: a and b hold a grey part that a model of colours cannot tell, b's is larger; c does not."""
+    """Images with strokes and a grey part that a model of colours cannot tell: large in b, small in a, none in c."""
     (data / "classes.txt").write_text("\n".join(color_segmenter.card.classes) + "\n")
     for name, grey in (("a", 8), ("b", 16), ("c", 0)):
         image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -147,37 +147,90 @@ def doubtful(data, color_segmenter):
     return functions(AnnotatedFolder(data), Models(color_segmenter))
 
 
+def answer_in(calls, name: str, grey: int) -> None:
+    opened = calls["open_image"]({"name": name})
+    labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    labels[:, WIDTH - grey :] = 2
+    revision = opened["revisions"]["scribbles"]
+    request = {"name": name, "kind": "scribbles", "runs": encode_runs(labels), "revision": revision}
+    assert "error" not in calls["save_labels"](request)
+
+
 def test_where_all_have_labels_further_strokes_are_asked_for(doubtful):
     assert doubtful["suggest"]({"name": None})["name"] == "b"
     answer = doubtful["suggest"]({"name": "b"})
     assert answer["name"] == "a"
-    assert "marked place" in answer["reason"]
-    assert doubtful["predict"]({"name": "b"})["place"].startswith("data:image/png")
+    assert "least sure of a part of it" in answer["reason"]
+    place = doubtful["predict"]({"name": "b"})["place"]
+    assert place["image"].startswith("data:image/png")
+    assert (WIDTH - 16) / WIDTH < place["center"][1] < 1
     assert doubtful["predict"]({"name": "c"})["place"] is None
 
 
+def test_less_sure_counts_as_well_as_larger(data, doubtful):
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image[..., 1] = 255
+    image[:, WIDTH - 18 :] = (90, 140, 90)  # a larger part than b's, and surer
+    Image.fromarray(image).save(data / "images" / "c.png")
+    assert doubtful["predict"]({"name": "c"})["place"] is not None
+    assert doubtful["suggest"]({"name": None})["name"] == "b"
+
+
+def test_what_was_suggested_and_left_is_not_suggested_again(doubtful):
+    assert [doubtful["suggest"]({"name": "c"})["name"] for _ in range(3)] == ["b", "a", None]
+    answer_in(doubtful, "b", 16)  # a new state, which leaves nothing to ask
+    assert doubtful["suggest"]({"name": "c"})["reason"] == "Every image has labels."
+
+
 def test_what_was_answered_is_not_asked_again(doubtful):
-    assert doubtful["suggest"]({"name": "c"})["name"] == "b"
-    opened = doubtful["open_image"]({"name": "b"})
-    labels = np.full((HEIGHT, WIDTH), 255, np.uint8)
-    labels[:, WIDTH - 16 :] = 2
-    request = {
-        "name": "b",
-        "kind": "scribbles",
-        "runs": encode_runs(labels),
-        "revision": opened["revisions"]["scribbles"],
-    }
-    assert "error" not in doubtful["save_labels"](request)
-    assert doubtful["predict"]({"name": "b"})["place"] is None
+    assert doubtful["predict"]({"name": "b"})["place"] is not None
+    answer_in(doubtful, "b", 16)
     assert doubtful["suggest"]({"name": "c"})["name"] == "a"
-    answer = doubtful["suggest"]({"name": "a"})
+    answer_in(doubtful, "a", 8)
+    answer = doubtful["suggest"]({"name": "b"})
     assert answer["name"] is None
     assert answer["reason"] == "Every image has labels."
+    assert doubtful["predict"]({"name": "b"})["place"] is None
 
 
 def test_labels_that_cannot_be_read_do_not_stop_suggestions(data, doubtful):
+    kept = (data / "scribbles" / "b.png").read_bytes()
     (data / "scribbles" / "b.png").write_bytes(b"no image")
     assert doubtful["suggest"]({"name": "c"})["name"] == "a"
+    (data / "scribbles" / "b.png").write_bytes(kept)  # repaired
+    assert doubtful["suggest"]({"name": "c"})["name"] == "b"
+
+
+def test_tags_and_masks_are_no_reason_to_ask_for_strokes(data, doubtful):
+    (data / "scribbles" / "a.png").unlink()
+    (data / "scribbles" / "b.png").rename(data / "masks" / "b.png")
+    (data / "tags.json").write_text(json.dumps({"a": [1]}))
+    assert doubtful["suggest"]({"name": "c"})["reason"] == "Every image has labels, 1 of them by masks only."
+
+
+def test_that_the_time_was_short_is_told(doubtful, monkeypatch):
+    monkeypatch.setattr("demo.annotating._SUGGESTION_SECONDS", -1.0)
+    assert doubtful["suggest"]({"name": "c"})["reason"] == "Nothing was found in time; ask again."
+
+
+def test_saving_does_not_wait_for_a_model(doubtful, color_segmenter, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    predict = type(color_segmenter).predict
+
+    def slow(self, image):
+        begun.set()
+        assert go_on.wait(60)
+        return predict(self, image)
+
+    monkeypatch.setattr(type(color_segmenter), "predict", slow)
+    with ThreadPoolExecutor(2) as people:
+        predicting = people.submit(doubtful["predict"], {"name": "a"})
+        try:
+            assert begun.wait(60)
+            people.submit(answer_in, doubtful, "b", 16).result(timeout=30)
+        finally:
+            go_on.set()
+        assert "error" not in predicting.result()
 
 
 def test_images_with_masks_only_are_told_apart(data):
