@@ -22,7 +22,7 @@ _SMOOTHING = 2.0
 #: Cells around a label that are not asked about again.
 _AROUND = 3
 #: Of the picture of an outline: pixels of its longer side, and of its line.
-_OUTLINE_SIDE, _OUTLINE_WIDTH = 800, 4
+_OUTLINE_SIDE, _OUTLINE_WIDTH = 800, 6
 #: Mean uncertainty (1 - confidence) about a place from which on it is worth asking.
 _LEAST = 0.15
 
