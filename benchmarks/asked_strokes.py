@@ -1,6 +1,6 @@
 """Further strokes where the model asks for them, against as many pixels anywhere: what a second round brings.
 
-    python -m benchmarks.asked_strokes --shared SHARED --out runs --seeds 0 1 2 --strokes 1 3 \
+    python -m benchmarks.asked_strokes --shared SHARED --out runs --seeds 0 1 2 --strokes 3 \
         --kept benchmarks/results/runs.json
 
 For every seed: the default is trained on simulated scribbles of a set; of every training image its model names the
@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import zlib
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,7 @@ def line(title: str, runs: list[dict], twin: list[float], base: list[float]) -> 
     values = [run["evaluation"]["miou"] for run in runs]
     gains = [value - first for value, first in zip(values, base, strict=True)]
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    share = f"{statistics.mean(values) / statistics.mean(twin):.1%}" if twin else "-"
     asked = [run["asked"] for run in runs if "asked" in run]
     drawn = (
         f"{statistics.mean(found['places'] for found in asked):.1f} | "
@@ -180,16 +182,17 @@ def line(title: str, runs: list[dict], twin: list[float], base: list[float]) -> 
     )
     return (
         f"| {title} | {drawn} | {', '.join(f'{100 * value:.1f}' for value in values)} | "
-        f"{100 * statistics.mean(values):.1f}{spread} | {statistics.mean(values) / statistics.mean(twin):.1%} | "
+        f"{100 * statistics.mean(values):.1f}{spread} | {share} | "
         f"{', '.join(f'{100 * gain:+.1f}' for gain in gains)} |"
     )
 
 
 def main() -> int:
     parser = run_options(__doc__)
-    parser.add_argument("--strokes", nargs="*", type=int, default=[1, 3], help="places asked for in an image")
+    parser.add_argument("--strokes", nargs="*", type=int, default=[3], help="places asked for in an image")
     parser.add_argument("--setting", default=AGAIN[0], choices=AGAIN, help="what is trained anew")
     parser.add_argument("--ways", nargs="*", choices=("asked", "random"), default=["asked", "random"])
+    parser.add_argument("--no-twin", action="store_true", help="leave the row of masks out")
     options = parser.parse_args()
     if options.keep and not options.kept:
         parser.error("--keep needs --kept FILE, to which the records are added")
@@ -199,28 +202,27 @@ def main() -> int:
         for strokes in options.strokes
         for way in options.ways
     }
-    rounds = [
-        [run(_BY_NAME[name], seed, options) for seed in options.seeds]
-        for name in (f"{_set(setting)}-masks", setting.name)
-    ]
-    twin, base = ([record["evaluation"]["miou"] for record in records] for records in rounds)
+    first = [run(setting, seed, options) for seed in options.seeds]
+    twins = [run(_BY_NAME[f"{_set(setting)}-masks"], seed, options) for seed in options.seeds if not options.no_twin]
+    twin, base = ([record["evaluation"]["miou"] for record in records] for records in (twins, first))
     print(
         "| | places an image | pixels with a label | of these the model had wrong | by seed | mIoU | of twin | gain |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    print(line("masks (the twin)", rounds[0], twin, base))
-    print(line(f"{options.setting}, first round", rounds[1], twin, base))
+    if twins:
+        print(line("masks (the twin)", twins, twin, base))
+    print(line(f"{options.setting}, first round", first, twin, base))
     for (way, strokes), runs in found.items():
-        where = "where the model asks" if way == "asked" else "anywhere"
-        print(line(f"{strokes} further {'place' if strokes == 1 else 'places'}, {where}", runs, twin, base))
-    first = next(iter(found.values()))[0]
+        asked = f"{strokes} further {'place' if strokes == 1 else 'places'} where the model asks"
+        print(line(asked if way == "asked" else f"as many pixels as in {strokes}, anywhere", runs, twin, base))
+    one = first[0]
     print(
         f"\nProtocol: {setting.data}, simulated scribbles, further strokes through the truth at "
         f"places chosen by the default's model of the same seed; ViT-Tiny (supervised ImageNet weights), "
         f"{options.iterations} iterations, crop {options.size}, val split at native size, network at "
-        f"{first['evaluation']['protocol']['resolution']}, one scale, no flip, no CRF, no tags at test time, the last "
-        f"state, seeds {options.seeds}; spread is the sample standard deviation. torch {first['versions']['torch']}, "
-        f"{first['date']}."
+        f"{one['evaluation']['protocol']['resolution']}, one scale, no flip, no CRF, no tags at test time, the last "
+        f"state, seeds {options.seeds}; spread is the sample standard deviation. torch {one['versions']['torch']}, "
+        f"{date.today()}."
     )
     return 0
 
