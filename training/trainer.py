@@ -73,7 +73,7 @@ class Trained:
         selection: "best-val-miou" or "last".
         iteration: The iteration after which that state stood.
         result: Its evaluation, or None without masks for the validation split.
-        seconds: Training time of this process without evaluations.
+        seconds: Training time without evaluations, over all processes of a run that was resumed.
     """
 
     state: dict[str, Tensor]
@@ -120,6 +120,7 @@ class Trainer:
         method.set_teacher(None if self._average is None else self.network)
         self._best: Best | None = None
         self._iteration = 0
+        self._seconds = 0.0
 
     @property
     def network(self) -> SegmentationNetwork:
@@ -151,7 +152,6 @@ class Trainer:
         generators = self._load() if resume else None
         sampler = PositionSampler(len(self._dataset), self.recipe.seed, self._iteration * settings.batch_size)
         loader = make_loader(self._dataset, settings.batch_size, sampler, self._workers())
-        seconds = 0.0
         saved = time.monotonic()
         with RunReport(self.folder, settings.iterations, self._iteration, show) as report, _stop_signals() as stopped:
             batches = iter(loader)
@@ -161,7 +161,7 @@ class Trainer:
             while self._iteration < settings.iterations:
                 started = time.perf_counter()
                 self._step(next(batches), report)
-                seconds += time.perf_counter() - started
+                self._seconds += time.perf_counter() - started
                 last = self._iteration == settings.iterations
                 if last or self._iteration % self.recipe.evaluation.every == 0:
                     self._validate(report)
@@ -171,8 +171,8 @@ class Trainer:
                 if stopped() and not last:
                     raise KeyboardInterrupt(f"stopped after iteration {self._iteration}")
         if self._best is None:
-            return Trained(_to_cpu(self.network.state_dict()), "last", self._iteration, None, seconds)
-        return Trained(self._best.state, "best-val-miou", self._best.iteration, self._best.result, seconds)
+            return Trained(_to_cpu(self.network.state_dict()), "last", self._iteration, None, self._seconds)
+        return Trained(self._best.state, "best-val-miou", self._best.iteration, self._best.result, self._seconds)
 
     def _step(self, raw: dict[str, Tensor], report: RunReport) -> None:
         settings = self.recipe.optimisation
@@ -231,6 +231,7 @@ class Trainer:
             best = {**vars(self._best), "result": asdict(self._best.result)}
         state: dict[str, Any] = {
             "iteration": self._iteration,
+            "seconds": self._seconds,
             "module": self._module.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._fabric.strategy.precision.state_dict(),
@@ -250,6 +251,7 @@ class Trainer:
         if state["best"] is not None:
             self._best = Best(**state["best"] | {"result": EvaluationResult(**state["best"]["result"])})
         self._iteration = int(state["iteration"])
+        self._seconds = float(state.get("seconds", 0.0))  # checkpoints had none before 2026-11-23
         _log.info("resumed after iteration %d", self._iteration)
         return dict(state["random"])
 

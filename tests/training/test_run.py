@@ -15,7 +15,7 @@ import yaml
 
 from training.data.dataset import open_dataset
 from training.recipe import dump_recipe
-from training.run import resolve_recipe, run
+from training.run import RECORD, resolve_recipe, run
 from training.state import CHECKPOINT
 from wsss_deploy import Segmenter
 from wsss_deploy.artifact import load_model
@@ -102,7 +102,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(squares, tmp_path, sma
         with pytest.raises(KeyboardInterrupt):
             train(squares, tmp_path / "halves", values)
     assert not (tmp_path / "halves" / "model.pt").exists()
+    stopped = torch.load(tmp_path / "halves" / CHECKPOINT, weights_only=True)
+    assert stopped["seconds"] > 0
+    stopped["seconds"] += 1000
+    torch.save(stopped, tmp_path / "halves" / CHECKPOINT)
     train(squares, tmp_path / "halves", values, resume=True)
+    assert json.loads((tmp_path / "halves" / RECORD).read_text())["training_seconds"] > 1000
     assert equal(state_of(tmp_path / "whole"), state_of(tmp_path / "halves"))
     with (tmp_path / "whole" / "log.csv").open() as one, (tmp_path / "halves" / "log.csv").open() as two:
         drop = ("images_per_second",)
