@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from training.recipe import Optimisation
+from wsss_deploy.errors import RecipeError
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -21,14 +23,39 @@ def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: O
         encoder: Pretrained part.
         others: Decoder and a method's own heads.
         settings: Rates and decay.
+
+    Raises:
+        RecipeError: `layer_decay` is below 1 and the encoder does not tell its layers.
     """
     exempt = _undecayed(encoder)
-    groups = _groups(encoder.named_parameters(), 1.0, settings, exempt)
+    groups = []
+    for factor, parameters in _layers(encoder, settings.layer_decay):
+        groups += _groups(parameters, factor, settings, exempt)
     for module in others:
         groups += _groups(module.named_parameters(), settings.decoder_factor, settings, frozenset())
     if settings.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
+
+
+def _layers(encoder: nn.Module, decay: float) -> list[tuple[float, list[tuple[str, nn.Parameter]]]]:
+    """The encoder's parameters by layer, input first, with the factor of its rate; one group without decay."""
+    named = list(encoder.named_parameters())
+    if decay == 1:
+        return [(1.0, named)]
+    model = getattr(encoder, "model", None)
+    matcher = getattr(model, "group_matcher", None)
+    if model is None or matcher is None:
+        raise RecipeError(
+            ["optimisation.layer_decay: this encoder does not tell its layers (timm's group_matcher); set it to 1"]
+        )
+    # timm counts from the stem on and takes a final norm to the last block; what is in no layer comes last.
+    depths = {f"model.{name}": depth for name, depth in group_parameters(model, matcher(), reverse=True).items()}
+    last = max(depths.values())
+    layers: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(last + 1)]
+    for name, parameter in named:
+        layers[depths.get(name, last)].append((name, parameter))
+    return [(decay ** (last + 1 - depth), layer) for depth, layer in enumerate(layers)]
 
 
 def _undecayed(encoder: nn.Module) -> frozenset[str]:

@@ -69,6 +69,9 @@ class Optimisation(_Strict):
         batch_size: Images a step.
         learning_rate: Peak rate of the encoder.
         decoder_factor: The decoder's and heads' rate in units of the encoder's.
+        layer_decay: Factor of the rate from each layer of the encoder to the one below it (ELECTRA, arXiv 2003.10555;
+            BEiT, arXiv 2106.08254): its last layer trains at `learning_rate * layer_decay`, the first of L at
+            `learning_rate * layer_decay ** L`, so that what it was pretrained for is kept. 1 is one rate for all.
         weight_decay: Decoupled decay; biases, norms and position tables are exempt.
         warmup: Fraction of the iterations over which the rate rises linearly.
         power: Exponent of the polynomial decay.
@@ -85,6 +88,7 @@ class Optimisation(_Strict):
     batch_size: Annotated[int, Field(ge=1)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     decoder_factor: Annotated[float, Field(gt=0)] = 10.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup: Fraction = 0.1
     power: Annotated[float, Field(gt=0)] = 1.0

@@ -8,6 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 from training.optimiser import build_optimizer, learning_rate, moving_average, set_learning_rate
 from training.recipe import Optimisation
 from wsss_deploy.card import Architecture
+from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import build_network
 
 
@@ -32,6 +33,34 @@ def test_groups_cover_every_parameter_once_and_exempt_vectors_and_positions():
         assert (id(parameter) in plain) == (parameter.ndim <= 1 or "pos_embed" in name or "token" in name), name
     set_learning_rate(optimizer, 1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 7e-3}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "first", "last", "layers"),
+    [
+        ("test_vit", "model.pos_embed", "model.blocks.5.", 7),
+        ("swin_tiny_patch4_window7_224", "model.patch_embed.", "model.layers.3.blocks.1.", 13),
+        ("resnet10t", "model.conv1.", "model.layer4.0.", 5),
+    ],
+)
+def test_deeper_layers_learn_faster(encoder, first, last, layers):
+    network = build_network(Architecture(encoder=encoder, decoder_width=16), 3)
+    settings = Optimisation(learning_rate=1e-3, decoder_factor=7, layer_decay=0.5)
+    optimizer = build_optimizer(network.encoder, [network.decoder], settings)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in network.parameters() if p.requires_grad)
+    set_learning_rate(optimizer, 1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in network.encoder.named_parameters()}
+    assert {named[name] for name in named if name.startswith(first)} == {1e-3 * 0.5**layers}
+    assert {named[name] for name in named if name.startswith(last)} == {1e-3 * 0.5}
+    assert len(set(named.values())) == layers
+    assert {rates[id(p)] for p in network.decoder.parameters()} == {7e-3}
+
+
+def test_an_encoder_without_layers_says_so():
+    with pytest.raises(RecipeError, match=r"optimisation\.layer_decay: .* set it to 1"):
+        build_optimizer(torch.nn.Conv2d(3, 4, 1), [], Optimisation(layer_decay=0.9))
 
 
 def test_the_moving_average_follows_at_first_and_then_keeps_its_decay():
