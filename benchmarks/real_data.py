@@ -40,6 +40,24 @@ class Setting:
 WEIGHTED = ("--set", "method.class_weights=counts")
 # The Gated CRF loss alone, without the further sources of labels that it has for points.
 ALONE = ("--set", "method.absent=null", "--set", "method.spread=null", "--set", "method.teacher=null")
+# What was measured before 2026-11-23 and has no part of its own name for it: one rate for all layers of the encoder.
+_RATE = (
+    "--set",
+    "optimisation.layer_decay=1",
+    "--set",
+    "optimisation.learning_rate=1e-4",
+    "--set",
+    "optimisation.decoder_factor=10",
+)
+# Names that end in -layers: a rate that falls from layer to layer; the decoder's is the same as above.
+LAYERS = (
+    "--set",
+    "optimisation.layer_decay=0.75",
+    "--set",
+    "optimisation.learning_rate=2e-4",
+    "--set",
+    "optimisation.decoder_factor=5",
+)
 PROPAGATE = ("--set", "method={name: partial_ce, propagate: {}}")
 # Labels of the network's moving average, refined along the image.
 _TEACHER = "{refine: true, threshold: 0.7, start: 0.3}"
@@ -132,6 +150,14 @@ SETTINGS = (
     Setting("acdc-scribbles-gated", "acdc_scribbles", "scribbles", "gated_crf", "foreground_miou", COARSE),
     Setting("acdc-scribbles-default", "acdc_scribbles", "scribbles", "", "foreground_miou"),
     Setting("acdc-scribbles-propagate", "acdc_scribbles", "scribbles", "", "foreground_miou", PROPAGATE),
+    Setting("voc-masks-layers", "voc_animals", "masks", "supervised", extra=LAYERS),
+    Setting("voc-points-default-layers", "voc_animals", "points", "", extra=LAYERS),
+    Setting("voc-scribbles-default-layers", "voc_animals", "scribbles", "", extra=LAYERS),
+    Setting("voc-scribbles-walk-fine-layers", "voc_animals", "scribbles", "", extra=(*WALK_FINE, *LAYERS)),
+    Setting("camvid-masks-layers", "camvid", "masks", "supervised", extra=LAYERS),
+    Setting("camvid-scribbles-default-layers", "camvid", "scribbles", "", extra=LAYERS),
+    Setting("acdc-masks-layers", "acdc_scribbles", "masks", "supervised", "foreground_miou", LAYERS),
+    Setting("acdc-scribbles-default-layers", "acdc_scribbles", "scribbles", "", "foreground_miou", LAYERS),
 )
 
 # Of all tables; the names of other runs that are kept say what they have.
@@ -201,7 +227,8 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
         command += ["--method", setting.method] if setting.method else []
         command += ["--iterations", str(options.iterations), "--size", str(options.size), "--seed", str(seed)]
         # One evaluation, at the end: nothing is chosen on the images that judge.
-        command += ["--set", f"evaluation.every={options.iterations}", "--out", str(folder), *setting.extra]
+        command += ["--set", f"evaluation.every={options.iterations}", "--out", str(folder)]
+        command += (*(() if setting.name.endswith("-layers") else _RATE), *setting.extra)
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -313,7 +340,7 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        twin = means.get(f"{row['setting'].split('-')[0]}-masks")
+        twin = means.get(twin_of(row["setting"]))
         share = f"{100 * row['mean'] / twin:.1f} %" if twin else "-"
         lines.append(
             f"| {row['setting']} | {row['figure']} | {100 * row['mean']:.1f} ± {100 * row['spread']:.1f} | {share} "
@@ -332,6 +359,11 @@ def table(rows: list[dict], options: argparse.Namespace, records: dict) -> str:
         f"{first['threads']} threads, torch {first['versions']['torch']}, {when}."
     )
     return "\n".join(lines)
+
+
+def twin_of(setting: str) -> str:
+    """The supervised twin of a setting: the same set, encoder, decoder, rates and budget, with masks."""
+    return f"{setting.split('-')[0]}-masks" + ("-layers" if setting.endswith("-layers") else "")
 
 
 def gains(rows: list[dict]) -> str:

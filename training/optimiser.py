@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,7 +10,6 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from training.recipe import Optimisation
-from wsss_deploy.errors import RecipeError
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -23,9 +23,6 @@ def build_optimizer(encoder: nn.Module, others: Iterable[nn.Module], settings: O
         encoder: Pretrained part.
         others: Decoder and a method's own heads.
         settings: Rates and decay.
-
-    Raises:
-        RecipeError: `layer_decay` is below 1 and the encoder does not tell its layers.
     """
     exempt = _undecayed(encoder)
     groups = []
@@ -43,19 +40,32 @@ def _layers(encoder: nn.Module, decay: float) -> list[tuple[float, list[tuple[st
     named = list(encoder.named_parameters())
     if decay == 1:
         return [(1.0, named)]
-    model = getattr(encoder, "model", None)
-    matcher = getattr(model, "group_matcher", None)
-    if model is None or matcher is None:
-        raise RecipeError(
-            ["optimisation.layer_decay: this encoder does not tell its layers (timm's group_matcher); set it to 1"]
-        )
-    # timm counts from the stem on and takes a final norm to the last block; what is in no layer comes last.
-    depths = {f"model.{name}": depth for name, depth in group_parameters(model, matcher(), reverse=True).items()}
+    depths = _depths(encoder, [name for name, _ in named])
     last = max(depths.values())
     layers: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(last + 1)]
     for name, parameter in named:
-        layers[depths.get(name, last)].append((name, parameter))
-    return [(decay ** (last + 1 - depth), layer) for depth, layer in enumerate(layers)]
+        layers[depths[name]].append((name, parameter))
+    return [(decay ** (last + 1 - depth), layer) for depth, layer in enumerate(layers) if layer]
+
+
+def _depths(encoder: nn.Module, names: list[str]) -> dict[str, int]:
+    """By a parameter's name how many layers lie below its own.
+
+    timm's models tell (`group_matcher`; the stem is 0, a final norm belongs to the last block). Of the few that do
+    not, a layer is what has the same name up to its first number, as `stages.2`.
+    """
+    model = getattr(encoder, "model", None)
+    matcher = getattr(model, "group_matcher", None)
+    if model is not None and matcher is not None:
+        told = {f"model.{name}": depth for name, depth in group_parameters(model, matcher(), reverse=True).items()}
+        return {name: told.get(name, max(told.values())) for name in names}
+    layers: dict[str, int] = {}
+    found = {}
+    for name in names:
+        numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+        layer = numbered[0] if numbered else name.removeprefix("model.").partition(".")[0]
+        found[name] = layers.setdefault(layer, len(layers))
+    return found
 
 
 def _undecayed(encoder: nn.Module) -> frozenset[str]:

@@ -8,7 +8,6 @@ from torch.optim.swa_utils import AveragedModel
 from training.optimiser import build_optimizer, learning_rate, moving_average, set_learning_rate
 from training.recipe import Optimisation
 from wsss_deploy.card import Architecture
-from wsss_deploy.errors import RecipeError
 from wsss_deploy.networks import build_network
 
 
@@ -41,6 +40,7 @@ def test_groups_cover_every_parameter_once_and_exempt_vectors_and_positions():
         ("test_vit", "model.pos_embed", "model.blocks.5.", 7),
         ("swin_tiny_patch4_window7_224", "model.patch_embed.", "model.layers.3.blocks.1.", 13),
         ("resnet10t", "model.conv1.", "model.layer4.0.", 5),
+        ("poolformer_s12", "model.stem.", "model.stages.3.", 5),  # does not tell its layers
     ],
 )
 def test_deeper_layers_learn_faster(encoder, first, last, layers):
@@ -56,11 +56,6 @@ def test_deeper_layers_learn_faster(encoder, first, last, layers):
     assert {named[name] for name in named if name.startswith(last)} == {1e-3 * 0.5}
     assert len(set(named.values())) == layers
     assert {rates[id(p)] for p in network.decoder.parameters()} == {7e-3}
-
-
-def test_an_encoder_without_layers_says_so():
-    with pytest.raises(RecipeError, match=r"optimisation\.layer_decay: .* set it to 1"):
-        build_optimizer(torch.nn.Conv2d(3, 4, 1), [], Optimisation(layer_decay=0.9))
 
 
 def test_the_moving_average_follows_at_first_and_then_keeps_its_decay():
