@@ -41,7 +41,7 @@ WEIGHTED = ("--set", "method.class_weights=counts")
 # The Gated CRF loss alone, without the further sources of labels that it has for points.
 ALONE = ("--set", "method.absent=null", "--set", "method.spread=null", "--set", "method.teacher=null")
 # What was measured before 2026-11-23 and has no part of its own name for it: one rate for all layers of the encoder.
-_RATE = (
+ONE_RATE = (
     "--set",
     "optimisation.layer_decay=1",
     "--set",
@@ -228,7 +228,7 @@ def run(setting: Setting, seed: int, options: argparse.Namespace) -> dict:
         command += ["--iterations", str(options.iterations), "--size", str(options.size), "--seed", str(seed)]
         # One evaluation, at the end: nothing is chosen on the images that judge.
         command += ["--set", f"evaluation.every={options.iterations}", "--out", str(folder)]
-        command += (*(() if setting.name.endswith("-layers") else _RATE), *setting.extra)
+        command += (*(() if setting.name.endswith("-layers") else ONE_RATE), *setting.extra)
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

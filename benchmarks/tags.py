@@ -197,6 +197,9 @@ def run(row: Row, seed: int, options: argparse.Namespace) -> dict:
         # One evaluation, at the end: nothing is chosen on the images that judge.
         command += ["--set", f"evaluation.every={options.iterations}"]
         command += ["--method", row.method]
+        # The segmenter that learns from tags has one rate for all layers; so has its twin.
+        for text in ("layer_decay=1", "learning_rate=1e-4", "decoder_factor=10") if row is TWIN else ():
+            command += ["--set", f"optimisation.{text}"]
         for text in row.settings:
             command += ["--set", f"method.{text}"]
         if (folder / "recipe.yaml").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import real_data
 from benchmarks.real_data import SETTINGS, run, summarise
+from training.recipe import parse_assignments
 
 SETTING = next(setting for setting in SETTINGS if setting.name == "voc-scribbles-default")
 RECORD = {
@@ -77,6 +79,26 @@ def test_series_beside_each_other_keep_both(tmp_path, trained):
         list(pool.map(lambda seed: run(SETTING, seed, options(tmp_path / str(seed), kept, keep=True)), range(8)))
     assert list(json.loads(kept.read_text())) == names
     assert [path.name for path in tmp_path.glob("runs*")] == ["runs.json"]
+
+
+def test_every_setting_says_its_rates_and_has_the_twin_of_them(tmp_path, monkeypatch):
+    seen = {}
+
+    def train(command, **_):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(RECORD))
+        seen[folder.name] = parse_assignments(
+            [value for key, value in pairwise(command) if key == "--set" and value.startswith("optimisation.")]
+        )["optimisation"]
+
+    monkeypatch.setattr(real_data.subprocess, "run", train)
+    for setting in real_data.SETTINGS:
+        run(setting, 0, options(tmp_path))
+    for setting in real_data.SETTINGS:
+        falling = setting.name.endswith("-layers")
+        assert seen[f"{setting.name}-0"]["layer_decay"] == (0.75 if falling else 1), setting.name
+        assert seen[f"{setting.name}-0"] == seen[f"{real_data.twin_of(setting.name)}-0"]
 
 
 def test_mistakes_are_told(tmp_path, trained, monkeypatch, capsys):
