@@ -40,7 +40,7 @@ class Setting:
 WEIGHTED = ("--set", "method.class_weights=counts")
 # The Gated CRF loss alone, without the further sources of labels that it has for points.
 ALONE = ("--set", "method.absent=null", "--set", "method.spread=null", "--set", "method.teacher=null")
-# What was measured before 2026-11-23 and has no part of its own name for it: one rate for all layers of the encoder.
+# The default, said plainly, so that kept records stay true should it change: one rate for all layers of the encoder.
 ONE_RATE = (
     "--set",
     "optimisation.layer_decay=1",
@@ -165,10 +165,12 @@ ITERATIONS, SIZE = 500, 256
 
 # Lowest acceptable means; a figure that is missing (not run) is not checked but named.
 GOALS = {"voc-masks": 0.81, "voc-points-partial": 0.682, "voc-points-gated": 0.711, "voc-points-default": 0.77}
-# The defaults' lowest acceptable part of the twin's figure (acdc: Dice of the foreground).
+# Lowest acceptable part of the twin's figure (acdc: Dice of the foreground): of the defaults, and with falling rates
+# where these help.
 SHARES = {
     "voc-points-default": 0.95,
     "voc-scribbles-default": 0.98,
+    "voc-scribbles-default-layers": 0.98,
     "camvid-scribbles-default": 0.98,
     "acdc-scribbles-default": 0.95,
 }
@@ -177,6 +179,7 @@ ORDER = (
     ("voc-points-gated", "voc-points-partial"),
     ("voc-points-default", "voc-points-sources"),
     ("camvid-scribbles-default", "camvid-scribbles-partial"),
+    ("voc-scribbles-default-layers", "voc-scribbles-default"),
 )
 # Compared as well, without a claim.
 NO_CLAIM = (
@@ -192,6 +195,11 @@ NO_CLAIM = (
     ("voc-scribbles-walk", "voc-scribbles-default"),
     ("voc-scribbles-walk-fine", "voc-scribbles-default"),
     ("voc-scribbles-walk-fine", "voc-scribbles-walk"),
+    ("voc-masks-layers", "voc-masks"),
+    ("voc-points-default-layers", "voc-points-default"),
+    ("camvid-masks-layers", "camvid-masks"),
+    ("camvid-scribbles-default-layers", "camvid-scribbles-default"),
+    ("acdc-scribbles-default-layers", "acdc-scribbles-default"),
     ("voc-scribbles-walk-gated", "voc-scribbles-default"),
     ("voc-scribbles-walk-teacher", "voc-scribbles-walk"),
     ("voc-scribbles-walk", "voc-scribbles-partial"),
@@ -394,10 +402,9 @@ def check(rows: list[dict]) -> list[str]:
     for name, goal in SHARES.items():
         if name not in found:
             continue
-        data = name.split("-")[0]
-        twin, figure = found.get(f"{data}-masks"), "foreground_dice" if data == "acdc" else "mean"
+        twin, figure = found.get(twin_of(name)), "foreground_dice" if name.startswith("acdc") else "mean"
         if twin is None:
-            missed.append(f"{data}-masks, the twin of {name}: not run")
+            missed.append(f"{twin_of(name)}, the twin of {name}: not run")
         elif found[name][figure] < goal * twin[figure]:
             share = found[name][figure] / twin[figure]
             missed.append(f"{name}: {100 * share:.1f} % of the twin, goal {100 * goal:.0f} %")
